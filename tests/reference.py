@@ -1,0 +1,427 @@
+"""Slow, plain restatements of what train_gpt.py computes, to compare it with.
+
+Everything here is float64 and as close to the formulas on paper as code can be: one sequence, one layer, one
+head, one query position at a time. Nothing is imported from the script. The forward pass is made of
+differentiable torch operations, so gradients come from autograd; what needs no gradient is NumPy.
+
+`hp` is any object with the settings as attributes, under their environment names in lower case.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+BOS = 1
+EPS32 = float(torch.finfo(torch.float32).eps)
+EPS64 = float(torch.finfo(torch.float64).eps)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model's parameters
+# ----------------------------------------------------------------------------------------------------------
+
+
+def reference_shapes(
+    *,
+    layers,
+    dim,
+    heads,
+    kv_heads,
+    mlp_hidden,
+    vocab,
+    bigram_buckets,
+    bigram_dim,
+    ve_dim=0,
+    ve_layers=(),
+    value_residual=False,
+    gated_attention=False,
+):
+    """Name and shape of every tensor in a saved model, as the two submissions name them."""
+    kv_dim = dim // heads * kv_heads
+    shapes = {"tok_emb.weight": (vocab, dim), "smear.gate": (dim,)}
+    shapes["skip_weights"] = (min(layers // 2, layers - layers // 2), dim)
+    if bigram_buckets:
+        shapes["bigram.embed.weight"] = (bigram_buckets, bigram_dim)
+        shapes["bigram.proj.weight"] = (dim, bigram_dim)
+        shapes["bigram.scale"] = ()
+    if ve_layers:
+        shapes["ve_shared.embed.weight"] = (vocab, ve_dim)
+        shapes["ve_shared.proj.weight"] = (kv_dim, ve_dim)
+        shapes["ve_shared.scale"] = ()
+        for i in range(len(ve_layers)):
+            shapes[f"ve_layer_scales.{i}"] = (1,)
+    for i in range(layers):
+        block = {
+            "attn_scale": (dim,),
+            "mlp_scale": (dim,),
+            "resid_mix": (2, dim),
+            "attn.c_q.weight": (dim, dim),
+            "attn.c_k.weight": (kv_dim, dim),
+            "attn.c_v.weight": (kv_dim, dim),
+            "attn.proj.weight": (dim, dim),
+            "attn.q_gain": (heads,),
+            "mlp.fc.weight": (mlp_hidden, dim),
+            "mlp.proj.weight": (dim, mlp_hidden),
+        }
+        if value_residual:
+            block["attn.vr_lambda"] = (2,)
+        if gated_attention:
+            block["attn.attn_gate.weight"] = (heads, dim)
+            block["attn.attn_gate.bias"] = (heads,)
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def random_state(shapes, seed):
+    """Random values for every tensor, none of them at a neutral value such as 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if name == "tok_emb.weight" or "embed" in name:
+            state[name] = noise
+        elif name.endswith(".weight"):
+            state[name] = noise / math.sqrt(shape[1])
+        elif name.endswith(("smear.gate", "attn_gate.bias")):
+            state[name] = noise
+        else:
+            state[name] = 0.8 + 0.4 * noise
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The forward pass
+# ----------------------------------------------------------------------------------------------------------
+
+
+def reference_rms_norm(x, eps):
+    """x / sqrt(mean(x^2) + eps) over the last dimension."""
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps)
+
+
+def wrap_int32(value):
+    """The value that a 32-bit two's complement register would hold."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def reference_bigram_index(ids, buckets):
+    """Bucket of each position: the last one at position 0, else the hash of this and the previous token."""
+    indices = [buckets - 1]
+    for i in range(1, len(ids)):
+        mixed = wrap_int32(36313 * ids[i]) ^ wrap_int32(27191 * ids[i - 1])
+        indices.append(mixed % (buckets - 1))
+    return indices
+
+
+def reference_rotary(x, base, rope_dims):
+    """Rotate pairs (j, j + rope_dims/2) of each row of x (T, head_dim) by position * base^(-2j/rope_dims)."""
+    half = rope_dims // 2
+    rows = []
+    for position in range(x.shape[0]):
+        first, second = [], []
+        for j in range(half):
+            angle = position * base ** (-2.0 * j / rope_dims)
+            cos, sin = math.cos(angle), math.sin(angle)
+            x1, x2 = x[position, j], x[position, j + half]
+            first.append(x1 * cos + x2 * sin)
+            second.append(-x1 * sin + x2 * cos)
+        rotated = torch.stack(first + second) if half else x[position, :0]
+        rows.append(torch.cat([rotated, x[position, rope_dims:]]))
+    return torch.stack(rows)
+
+
+def reference_rope_base(hp, length):
+    """The base for a window of `length` tokens: stretched when it is longer than the reference length."""
+    reference, d = hp.rope_ntk_reference, hp.rope_dims
+    if reference and length > reference:
+        return hp.rope_base * (length / reference) ** (d / (d - 2))
+    return hp.rope_base
+
+
+def reference_head(q, k, v):
+    """Causal attention of one head: q, k, v (T, head_dim)."""
+    length, head_dim = q.shape
+    rows = []
+    for t in range(length):
+        scores = torch.stack([(q[t] * k[past]).sum() for past in range(length)]) / math.sqrt(head_dim)
+        visible = torch.tensor([past <= t for past in range(length)])
+        scores = torch.where(visible, scores, -math.inf)
+        weights = torch.exp(scores - scores.max())
+        weights = weights / weights.sum()
+        rows.append(weights @ v)
+    return torch.stack(rows)
+
+
+def _ve_layers(hp):
+    if not hp.ve_enabled:
+        return []
+    layers = hp.ve_layers
+    return [int(i) for i in layers.split(",")] if isinstance(layers, str) else list(layers)
+
+
+def _attention(state, hp, layer, a, value_embedding, first_value, eps):
+    """Attention of one block on its normed, scaled input a (T, D): (output, this layer's raw V)."""
+    name = f"blocks.{layer}.attn."
+    heads, kv_heads = hp.num_heads, hp.num_kv_heads
+    head_dim = hp.model_dim // heads
+    group = heads // kv_heads
+    base = reference_rope_base(hp, a.shape[0])
+
+    q = a @ state[name + "c_q.weight"].T
+    k = a @ state[name + "c_k.weight"].T
+    v = a @ state[name + "c_v.weight"].T
+    ve_layers = _ve_layers(hp)
+    if layer in ve_layers:
+        v = v + value_embedding * state[f"ve_layer_scales.{ve_layers.index(layer)}"]
+    raw_v = v
+    if hp.value_residual and layer > 0:
+        lam = state[name + "vr_lambda"]
+        v = lam[0] * first_value + lam[1] * v
+
+    outputs = []
+    for h in range(heads):
+        g = h // group
+        q_h = reference_rms_norm(q[:, h * head_dim : (h + 1) * head_dim], eps)
+        k_g = reference_rms_norm(k[:, g * head_dim : (g + 1) * head_dim], eps)
+        v_g = v[:, g * head_dim : (g + 1) * head_dim]
+        q_h = reference_rotary(q_h, base, hp.rope_dims) * state[name + "q_gain"][h]
+        k_g = reference_rotary(k_g, base, hp.rope_dims)
+        y = reference_head(q_h, k_g, v_g)
+        if layer >= hp.num_layers - hp.xsa_last_n:
+            v_hat = v_g / torch.clamp(torch.sqrt((v_g * v_g).sum(dim=-1, keepdim=True)), min=1e-12)
+            y = y - (y * v_hat).sum(dim=-1, keepdim=True) * v_hat
+        if hp.gated_attention:
+            z = a @ state[name + "attn_gate.weight"][h] + state[name + "attn_gate.bias"][h]
+            y = y / (1 + torch.exp(-z))[:, None]
+        outputs.append(y)
+    return torch.cat(outputs, dim=1) @ state[name + "proj.weight"].T, raw_v
+
+
+def _mlp(state, hp, layer, a):
+    h = a @ state[f"blocks.{layer}.mlp.fc.weight"].T
+    h = torch.where(h > 0, h, hp.mlp_slope * h)
+    return (h * h) @ state[f"blocks.{layer}.mlp.proj.weight"].T
+
+
+def _embed(state, hp, ids, eps):
+    x = state["tok_emb.weight"][ids]
+    if hp.bigram_vocab_size:
+        rows = state["bigram.embed.weight"][reference_bigram_index(ids, hp.bigram_vocab_size)]
+        x = x + rows @ state["bigram.proj.weight"].T * state["bigram.scale"]
+    x = reference_rms_norm(x, eps)
+    if hp.smear_gate:
+        g = 1 / (1 + torch.exp(-state["smear.gate"]))
+        smeared = []
+        for t in range(len(ids)):
+            reset = t == 0 or (hp.smear_reset_at_bos and ids[t] == BOS)
+            previous = torch.zeros_like(x[t]) if reset else x[t - 1]
+            smeared.append((1 - g) * x[t] + g * previous)
+        x = torch.stack(smeared)
+    return x
+
+
+def _sequence_logits(state, hp, ids, eps):
+    x = x0 = _embed(state, hp, ids, eps)
+    value_embedding = None
+    if _ve_layers(hp):
+        rows = state["ve_shared.embed.weight"][ids]
+        value_embedding = rows @ state["ve_shared.proj.weight"].T * state["ve_shared.scale"]
+    encoder = hp.num_layers // 2
+    stack, first_value = [], None
+    for layer in range(hp.num_layers):
+        name = f"blocks.{layer}."
+        if layer >= encoder and stack:
+            x = x + state["skip_weights"][layer - encoder] * stack.pop()
+        ln_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
+        mix = state[name + "resid_mix"]
+        u = mix[0] * x + mix[1] * x0
+        a = reference_rms_norm(u, eps) * ln_scale
+        attended, raw_v = _attention(state, hp, layer, a, value_embedding, first_value, eps)
+        if layer == 0:
+            first_value = raw_v
+        h = u + state[name + "attn_scale"] * attended
+        x = h + state[name + "mlp_scale"] * _mlp(state, hp, layer, reference_rms_norm(h, eps) * ln_scale)
+        if layer < encoder:
+            stack.append(x)
+    z = reference_rms_norm(x, eps) @ state["tok_emb.weight"].T
+    return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
+
+
+def reference_logits(state_dict, hp, tokens, eps=EPS64):
+    """Soft-capped logits (B, T, V) in float64 for tokens (B, T); eps is that of the RMS norms.
+
+    A model that computes in float32 adds the machine epsilon of float32, so compare it with eps=EPS32.
+    """
+    state = {name: tensor.double() for name, tensor in state_dict.items()}
+    rows = torch.as_tensor(tokens).tolist()
+    return torch.stack([_sequence_logits(state, hp, ids, eps) for ids in rows])
+
+
+def reference_loss(state_dict, hp, tokens, targets, eps=EPS64):
+    """Mean cross-entropy in nats."""
+    logits = reference_logits(state_dict, hp, tokens, eps)
+    total = 0.0
+    for row, wanted in zip(logits, torch.as_tensor(targets).tolist(), strict=True):
+        for z, target in zip(row, wanted, strict=True):
+            total = total + z.max() + torch.log(torch.exp(z - z.max()).sum()) - z[target]
+    return total / torch.as_tensor(targets).numel()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimisers and schedules
+# ----------------------------------------------------------------------------------------------------------
+
+
+def reference_newton_schulz(matrix, steps=5):
+    """Five quintic steps towards the nearest semi-orthogonal matrix, one matrix, float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.double()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (torch.sqrt((x * x).sum()) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def reference_muon_step(
+    param, grad, buffer, lr, momentum, weight_decay, row_norm=False, nesterov=True, steps=5
+):
+    """(new parameter, new momentum buffer) of one matrix after one step, float64."""
+    buffer = momentum * buffer.double() + grad.double()
+    update = grad.double() + momentum * buffer if nesterov else buffer
+    update = reference_newton_schulz(update, steps)
+    rows, columns = update.shape
+    update = update * math.sqrt(max(1.0, rows / columns))
+    if row_norm:
+        for i in range(rows):
+            update[i] = update[i] / max(float(torch.sqrt((update[i] ** 2).sum())), 1e-7)
+    return param.double() * (1 - lr * weight_decay) - lr * update, buffer
+
+
+def reference_lr_scale(step, elapsed_seconds, iterations, warmdown_iters, max_wallclock_seconds):
+    """Linear decay to zero over the last warmdown_iters steps, counted in time when a wall clock is set."""
+    if max_wallclock_seconds > 0:
+        if step == 0:
+            return 1.0
+        warmdown_seconds = warmdown_iters * (elapsed_seconds / step)
+        remaining = max(max_wallclock_seconds - elapsed_seconds, 0.0)
+        return remaining / warmdown_seconds if remaining <= warmdown_seconds else 1.0
+    if step <= iterations - warmdown_iters:
+        return 1.0
+    return max(iterations - step, 0) / warmdown_iters
+
+
+def reference_ema(values, decay):
+    """Weighted sum: values[0] is the start, each later value enters with weight (1 - decay) and fades."""
+    last = len(values) - 1
+    total = decay**last * np.asarray(values[0], dtype=np.float64)
+    for i in range(1, last + 1):
+        total = total + (1 - decay) * decay ** (last - i) * np.asarray(values[i], dtype=np.float64)
+    return total
+
+
+def reference_swa(values):
+    """Arithmetic mean."""
+    return sum(np.asarray(value, dtype=np.float64) for value in values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Quantisation
+# ----------------------------------------------------------------------------------------------------------
+
+
+def reference_soft_round(y, alpha):
+    """floor(y) + 1/2 + tanh(alpha r) / (2 tanh(alpha/2)), r = y - floor(y) - 1/2; differentiable in y."""
+    floor = torch.floor(y.detach())
+    r = y - floor - 0.5
+    return floor + 0.5 + 0.5 * torch.tanh(alpha * r) / (math.tanh(alpha / 2) + 1e-10)
+
+
+def reference_round(weight, scales, max_code):
+    """Codes of plain rounding, one scale per row."""
+    weight, scales = np.asarray(weight, dtype=np.float64), np.asarray(scales, dtype=np.float64)
+    return np.clip(np.round(weight / scales[:, None]), -max_code, max_code)
+
+
+def reference_gptq(weight, hessian, scales, max_code, damp=0.01, descending=True):
+    """Codes (out, in): Frantar et al. 2023, algorithm 1, one column at a time, one scale per row."""
+    work = torch.as_tensor(weight).double().numpy().copy()
+    curvature = torch.as_tensor(hessian).double().numpy().copy()
+    scales = np.asarray(scales, dtype=np.float64)
+    dead = np.diag(curvature) == 0
+    curvature[dead, dead] = 1.0
+    work[:, dead] = 0.0
+    diagonal = np.diag(curvature).copy()
+    order = np.argsort(-diagonal if descending else diagonal, kind="stable")
+    curvature = curvature + damp * diagonal.mean() * np.eye(len(diagonal))
+    inverse = np.linalg.inv(curvature[np.ix_(order, order)])
+    upper = np.linalg.cholesky((inverse + inverse.T) / 2).T  # inverse = upperᵀ upper
+    work = work[:, order]
+    codes = np.zeros_like(work)
+    for j in range(work.shape[1]):
+        codes[:, j] = np.clip(np.round(work[:, j] / scales), -max_code, max_code)
+        error = (work[:, j] - codes[:, j] * scales) / upper[j, j]
+        for k in range(j + 1, work.shape[1]):
+            work[:, k] -= error * upper[j, k]
+    result = np.zeros_like(codes)
+    result[:, order] = codes
+    return result
+
+
+def hessian_error(weight, quantised, hessian):
+    """Mean over rows of d H dᵀ, d the rounding error: the squared error of the layer's outputs."""
+    d = np.asarray(weight, dtype=np.float64) - np.asarray(quantised, dtype=np.float64)
+    return float(np.einsum("oi,ij,oj->o", d, np.asarray(hessian, dtype=np.float64), d).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------
+
+
+def reference_bytes(sp, previous, target):
+    """Bytes that one target token stands for, given the token before it."""
+
+    def is_boundary(token):
+        return sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token)
+
+    if is_boundary(target):
+        return 0
+    if sp.is_byte(target):
+        return 1
+    piece = sp.id_to_piece(target)
+    leading_space = piece.startswith("\u2581")
+    count = len((piece[1:] if leading_space else piece).encode("utf-8"))
+    return count + (1 if leading_space and not is_boundary(previous) else 0)
+
+
+def reference_windows(positions, seq_len, stride):
+    """(start, end, first scored): a full window, then one every `stride`, the last one cut at the end."""
+    windows, start, scored = [], 0, 0
+    while scored < positions:
+        end = min(start + seq_len, positions)
+        windows.append((start, end, scored))
+        scored, start = end, start + stride
+    return windows
+
+
+def reference_sliding(logits_fn, tokens, seq_len, stride):
+    """Nats of every position 0..len(tokens)-2: position i is scored on tokens[i + 1].
+
+    logits_fn takes a 1-D array of token ids and returns logits (T, V).
+    """
+    tokens = np.asarray(tokens)
+    positions = len(tokens) - 1
+    nats = np.full(positions, np.nan)
+    for start, end, first in reference_windows(positions, seq_len, stride):
+        logits = np.asarray(logits_fn(tokens[start:end]), dtype=np.float64)
+        for i in range(first, end):
+            assert np.isnan(nats[i]), "scored twice"
+            z = logits[i - start]
+            nats[i] = z.max() + np.log(np.exp(z - z.max()).sum()) - z[tokens[i + 1]]
+    assert not np.isnan(nats).any(), "a position was left out"
+    return nats

@@ -1,0 +1,295 @@
+"""The GPTQ solver against a float64 loop over columns, and on inputs that are not nice."""
+
+import numpy as np
+import pytest
+import torch
+from reference import hessian_error, reference_gptq, reference_round
+
+import train_gpt as tg
+
+# One block of columns, a partial one, several; more and fewer rows than columns.
+SHAPES = [(32, 96), (16, 150), (48, 320), (200, 40)]
+
+
+def some_weight(rows, columns, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def correlated_inputs(columns, seed=0, tokens=None):
+    """Activations with a decaying spectrum and channels of different size, (tokens, columns) float64."""
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.standard_normal((columns, columns)))[0] * np.sqrt(columns)
+    x = rng.standard_normal((tokens or 4 * columns, columns)) * np.geomspace(1, 0.15, columns) @ rotation
+    return x * np.exp(0.5 * rng.standard_normal(columns))
+
+
+def hessian_of(x):
+    return torch.from_numpy(x.T @ x / len(x)).float()
+
+
+def absmax_scales(weight, max_code=15):
+    return weight.abs().amax(dim=1).clamp(min=1e-9) / max_code
+
+
+def plain_error(weight, hessian, scales, max_code=15):
+    codes = reference_round(weight.numpy(), scales.numpy(), max_code)
+    return hessian_error(weight, codes * scales.double().numpy()[:, None], hessian)
+
+
+def solved_error(weight, hessian, quantised):
+    return hessian_error(weight, quantised.dequantize().double(), hessian)
+
+
+def agreement(quantised, codes):
+    return float(np.mean(quantised.codes.numpy() == codes))
+
+
+def assert_valid(quantised, weight, max_code=15):
+    assert quantised.codes.dtype == torch.int8 and quantised.codes.shape == weight.shape
+    assert quantised.scales.shape == weight.shape[:-1] and quantised.max_code == max_code
+    assert int(quantised.codes.abs().max()) <= max_code
+    assert torch.isfinite(quantised.dequantize()).all()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The algorithm
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_about_half_of_plain_rounding(shape):
+    weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
+    plain = tg.round_to_grid(weight, tg.row_scales(weight, max_code=15), max_code=15)
+    quantised = tg.gptq(weight, hessian, max_code=15)
+    assert_valid(quantised, weight)
+    assert solved_error(weight, hessian, quantised) <= 0.55 * solved_error(weight, hessian, plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("max_code", [7, 15, 31])
+def test_equals_the_reference_on_the_same_scales(shape, max_code):
+    weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
+    scales = absmax_scales(weight, max_code)
+    quantised = tg.gptq(weight, hessian, max_code=max_code, scales=scales)
+    assert_valid(quantised, weight, max_code)
+    assert torch.equal(quantised.scales, scales)
+    codes = reference_gptq(weight, hessian, scales, max_code)
+    expected = hessian_error(weight, codes * scales.double().numpy()[:, None], hessian)
+    assert solved_error(weight, hessian, quantised) == pytest.approx(expected, rel=0.02)
+    assert expected <= 0.55 * plain_error(weight, hessian, scales, max_code)
+    assert agreement(quantised, codes) > 0.99
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_go_in_descending_order(shape):
+    """The largest inputs are rounded first, while there are columns left to correct them."""
+    weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
+    scales = absmax_scales(weight)
+    quantised = tg.gptq(weight, hessian, max_code=15, scales=scales)
+    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15)) > 0.99
+    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15, descending=False)) < 0.9
+
+
+def test_columns_come_back_in_their_places():
+    """Shuffling the inputs shuffles the codes and does nothing else."""
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96))
+    scales = absmax_scales(weight)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    straight = tg.gptq(weight, hessian, max_code=15, scales=scales)
+    shuffled = tg.gptq(weight[:, order], hessian[order][:, order], max_code=15, scales=scales)
+    assert float((shuffled.codes == straight.codes[:, order]).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.3])
+def test_damping_is_a_share_of_the_mean_diagonal(damp):
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96)) * 37.0
+    scales = absmax_scales(weight)
+    quantised = tg.gptq(weight, hessian, max_code=15, scales=scales, damp=damp)
+    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15, damp)) > 0.99
+    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15, 0.31 - damp)) < 0.9
+
+
+def test_the_size_of_the_hessian_does_not_matter():
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96))
+    first = tg.gptq(weight, hessian, max_code=15)
+    for factor in (2.0**-20, 2.0**20):
+        again = tg.gptq(weight, hessian * factor, max_code=15)
+        assert float((again.codes == first.codes).float().mean()) > 0.99
+
+
+def test_uncorrelated_inputs_leave_plain_rounding():
+    weight, scales = some_weight(32, 96), absmax_scales(some_weight(32, 96))
+    quantised = tg.gptq(weight, torch.diag(torch.linspace(0.5, 2, 96)), max_code=15, scales=scales)
+    assert agreement(quantised, reference_round(weight.numpy(), scales.numpy(), 15)) > 0.999
+
+
+def test_its_own_scales_are_no_worse_than_the_largest_entry():
+    """Rows with one outlier are where the search for a clip value pays."""
+    weight, hessian = some_weight(48, 160), hessian_of(correlated_inputs(160))
+    weight[:, 17] *= 6
+    own = tg.gptq(weight, hessian, max_code=15)
+    given = tg.gptq(weight, hessian, max_code=15, scales=absmax_scales(weight))
+    assert solved_error(weight, hessian, own) <= 1.02 * solved_error(weight, hessian, given)
+
+
+def test_a_stack_is_solved_matrix_by_matrix():
+    """Each with its own column order, scales, damping and dead columns."""
+    weight = torch.stack([some_weight(24, 150, seed=i) * 10.0**i for i in range(3)])
+    hessian = torch.stack([hessian_of(correlated_inputs(150, seed=i)) * 100.0**i for i in range(3)])
+    hessian[1, 20], hessian[1, :, 20] = 0, 0
+    together = tg.gptq(weight, hessian, max_code=15)
+    assert_valid(together, weight)
+    for i in range(3):
+        alone = tg.gptq(weight[i], hessian[i], max_code=15)
+        torch.testing.assert_close(together.scales[i], alone.scales, rtol=1e-5, atol=0)
+        assert float((together.codes[i] == alone.codes).float().mean()) > 0.99
+        ratio = hessian_error(weight[i], together.dequantize()[i].double(), hessian[i]) / solved_error(
+            weight[i], hessian[i], alone
+        )
+        assert ratio == pytest.approx(1, abs=0.02)
+
+
+def test_inputs_are_left_alone():
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96))
+    hessian[11], hessian[:, 11] = 0, 0
+    scales = absmax_scales(weight)
+    kept = weight.clone(), hessian.clone(), scales.clone()
+    tg.gptq(weight, hessian, max_code=15)
+    tg.gptq(weight, hessian, max_code=15, scales=scales)
+    assert torch.equal(weight, kept[0]) and torch.equal(hessian, kept[1]) and torch.equal(scales, kept[2])
+
+
+def test_same_input_same_codes():
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96))
+    first, again = (tg.gptq(weight, hessian, max_code=15) for _ in range(2))
+    assert torch.equal(first.codes, again.codes) and torch.equal(first.scales, again.scales)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Inputs that are not nice
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_dead_columns():
+    """An input that was always zero: nothing depends on it, the others are solved as if it were not there."""
+    weight, x = some_weight(32, 96), correlated_inputs(96)
+    x[:, [0, 40, 95]] = 0
+    weight[:, 40] = 7.0
+    hessian, scales = hessian_of(x), absmax_scales(some_weight(32, 96))
+    quantised = tg.gptq(weight, hessian, max_code=15, scales=scales)
+    assert_valid(quantised, weight)
+    codes = reference_gptq(weight, hessian, scales, 15)
+    alive = [i for i in range(96) if i not in (0, 40, 95)]
+    expected = hessian_error(weight, codes * scales.double().numpy()[:, None], hessian)
+    assert solved_error(weight, hessian, quantised) == pytest.approx(expected, rel=0.02)
+    assert np.mean(quantised.codes.numpy()[:, alive] == codes[:, alive]) > 0.97
+
+
+def test_fewer_tokens_than_columns():
+    """A singular Hessian; damping makes it solvable, and there is much room to move errors to."""
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96, tokens=30))
+    quantised = tg.gptq(weight, hessian, max_code=15)
+    assert_valid(quantised, weight)
+    assert solved_error(weight, hessian, quantised) <= 0.3 * plain_error(
+        weight, hessian, absmax_scales(weight)
+    )
+
+
+def test_a_hessian_that_is_not_positive_definite():
+    """Eigenvalues a little below zero, which damping mends, and far below, which it does not."""
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96, tokens=30))
+    slightly = hessian - 1e-3 * hessian.diagonal().mean() * torch.eye(96)
+    assert float(torch.linalg.eigvalsh(slightly).min()) < 0
+    quantised = tg.gptq(weight, slightly, max_code=15)
+    assert_valid(quantised, weight)
+    assert solved_error(weight, hessian, quantised) <= 0.3 * plain_error(
+        weight, hessian, absmax_scales(weight)
+    )
+    badly = hessian - 0.1 * hessian.diagonal().mean() * torch.eye(96)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(badly + 0.01 * badly.diagonal().mean() * torch.eye(96))
+    quantised = tg.gptq(weight, badly, max_code=15)
+    assert_valid(quantised, weight)
+    assert solved_error(weight, hessian, quantised) <= 2 * plain_error(weight, hessian, absmax_scales(weight))
+
+
+def test_one_bad_matrix_does_not_spoil_its_stack():
+    weight = torch.stack([some_weight(24, 96, seed=i) for i in range(2)])
+    good, bad = hessian_of(correlated_inputs(96)), hessian_of(correlated_inputs(96, tokens=30))
+    bad = bad - 0.1 * bad.diagonal().mean() * torch.eye(96)
+    together = tg.gptq(weight, torch.stack([good, bad]), max_code=15)
+    assert_valid(together, weight)
+    alone = tg.gptq(weight[0], good, max_code=15)
+    assert float((together.codes[0] == alone.codes).float().mean()) > 0.99
+
+
+def test_a_layer_that_saw_nothing():
+    weight = some_weight(8, 20)
+    assert_valid(tg.gptq(weight, torch.zeros(20, 20), max_code=15), weight)
+
+
+def test_zero_rows():
+    weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96))
+    weight[[0, 13]] = 0
+    quantised = tg.gptq(weight, hessian, max_code=15)
+    assert_valid(quantised, weight)
+    assert not quantised.dequantize()[[0, 13]].any()
+    others = [i for i in range(32) if i not in (0, 13)]
+    alone = tg.gptq(weight[others], hessian, max_code=15)
+    assert float((quantised.codes[others] == alone.codes).float().mean()) > 0.99
+
+
+def test_one_row():
+    weight, hessian = some_weight(1, 96), hessian_of(correlated_inputs(96))
+    scales = absmax_scales(weight)
+    quantised = tg.gptq(weight, hessian, max_code=15, scales=scales)
+    assert_valid(quantised, weight)
+    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15)) > 0.95
+
+
+def test_one_column():
+    weight, scales = some_weight(32, 1), torch.full((32,), 0.011)
+    quantised = tg.gptq(weight, torch.tensor([[2.5]]), max_code=15, scales=scales)
+    assert_valid(quantised, weight)
+    assert agreement(quantised, reference_round(weight.numpy(), scales.numpy(), 15)) == 1
+    assert_valid(tg.gptq(weight, torch.tensor([[2.5]]), max_code=15), weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    weight, hessian = some_weight(8, 20), hessian_of(correlated_inputs(20))
+    broken = weight.clone()
+    broken[3, 4] = value
+    with pytest.raises(ValueError):
+        tg.gptq(broken, hessian, max_code=15)
+    broken = hessian.clone()
+    broken[3, 4] = value
+    with pytest.raises(ValueError):
+        tg.gptq(weight, broken, max_code=15)
+    broken = absmax_scales(weight)
+    broken[2] = value
+    with pytest.raises(ValueError):
+        tg.gptq(weight, hessian, max_code=15, scales=broken)
+
+
+@pytest.mark.parametrize(
+    ("weight", "hessian"),
+    [
+        ((8, 20), (8, 8)),
+        ((8, 20), (20, 19)),
+        ((8, 20), (20,)),
+        ((20,), (20, 20)),
+        ((2, 8, 20), (20, 20)),
+        ((2, 8, 20), (3, 20, 20)),
+        ((8, 20), (2, 20, 20)),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused(weight, hessian):
+    with pytest.raises(ValueError):
+        tg.gptq(torch.ones(weight), torch.ones(hessian), max_code=15)
+
+
+@pytest.mark.parametrize("scales", [(7,), (20,), (8, 1), (1,)])
+def test_scales_of_another_shape_are_refused(scales):
+    with pytest.raises(ValueError):
+        tg.gptq(some_weight(8, 20), torch.eye(20), max_code=15, scales=torch.ones(scales))

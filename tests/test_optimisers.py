@@ -1,0 +1,259 @@
+"""Newton-Schulz and Muon against float64 loops and torch.optim.Muon; the schedules at their corners."""
+
+import copy
+import math
+
+import pytest
+import torch
+from reference import reference_lr_scale, reference_muon_step, reference_newton_schulz
+
+import train_gpt as tg
+
+TALL, WIDE, SQUARE = (48, 16), (16, 48), (32, 32)
+BFLOAT16 = 0.05  # relative error of one orthogonalisation in bfloat16; measured: 0.03
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(value, expected):
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Newton-Schulz
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, (1, 8), (512, 96)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_newton_schulz_equals_float64(shape, scale):
+    matrix = noise(*shape) * scale
+    result = tg.newton_schulz(matrix, steps=5)
+    assert result.shape == shape
+    assert distance(result, reference_newton_schulz(matrix)) < BFLOAT16
+    assert distance(result, reference_newton_schulz(matrix, steps=4)) > 2 * BFLOAT16
+
+
+def test_newton_schulz_takes_five_steps_unless_told():
+    matrix = noise(*TALL)
+    assert torch.equal(tg.newton_schulz(matrix), tg.newton_schulz(matrix, steps=5))
+    assert distance(tg.newton_schulz(matrix, steps=2), reference_newton_schulz(matrix, steps=2)) < BFLOAT16
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 256), (512, 128)])
+def test_newton_schulz_makes_singular_values_alike(shape):
+    matrix = noise(*shape, seed=1)
+    before = torch.linalg.svdvals(matrix / matrix.norm())
+    after = torch.linalg.svdvals(tg.newton_schulz(matrix).float())
+    assert float(before.max()) < 0.3
+    assert float(after.min()) >= 0.3 and float(after.max()) <= 1.3
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_newton_schulz_of_a_stack_is_matrix_by_matrix(shape):
+    """Matrices of one stack differ by a million in size; each is divided by its own norm."""
+    stack = noise(4, *shape) * torch.tensor([1.0, 1e3, 1e-3, 1.0])[:, None, None]
+    results = tg.newton_schulz(stack)
+    assert results.shape == stack.shape
+    for matrix, result in zip(stack, results, strict=True):
+        assert distance(result, tg.newton_schulz(matrix)) < 0.01
+        assert distance(result, reference_newton_schulz(matrix)) < BFLOAT16
+
+
+def test_newton_schulz_of_zeros_is_zero_and_its_input_stays():
+    assert not tg.newton_schulz(torch.zeros(3, *TALL)).any()
+    matrix = noise(*TALL)
+    kept = matrix.clone()
+    tg.newton_schulz(matrix)
+    assert torch.equal(matrix, kept)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Muon
+# ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [TALL, WIDE, SQUARE, TALL, WIDE, TALL, (64, 24)]
+
+
+def run_muon(make, steps=20, seed=3):
+    """Parameters of SHAPES before and after some steps on gradients that are the same in every call."""
+    params = [torch.nn.Parameter(noise(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+    start = [p.detach().clone() for p in params]
+    optimiser = make(params)
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for _ in range(steps):
+        gradients.append([torch.randn(p.shape, generator=generator) for p in params])
+        for p, gradient in zip(params, gradients[-1], strict=True):
+            p.grad = gradient.clone()
+        optimiser.step()
+    return start, [p.detach() for p in params], gradients
+
+
+def moved_apart(start, ends, expected):
+    """Largest distance between two ends of a run, in units of the way that was gone."""
+    return max(
+        float((end.double() - wanted.double()).norm() / (wanted.double() - begin.double()).norm())
+        for begin, end, wanted in zip(start, ends, expected, strict=True)
+    )
+
+
+def torch_muon(**changed):
+    options = dict(lr=0.02, momentum=0.95, weight_decay=0.04, nesterov=True, ns_steps=5)
+    return lambda params: torch.optim.Muon(params, adjust_lr_fn="original", **(options | changed))
+
+
+def test_muon_equals_torch():
+    start, ends, _ = run_muon(lambda params: tg.Muon(params, lr=0.02, momentum=0.95, weight_decay=0.04))
+    assert moved_apart(start, ends, run_muon(torch_muon())[1]) < 0.02
+    for changed in ({"nesterov": False}, {"ns_steps": 4}, {"weight_decay": 0.0}, {"momentum": 0.9}):
+        assert moved_apart(start, ends, run_muon(torch_muon(**changed))[1]) > 0.05, changed
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_muon_equals_the_formula(row_norm):
+    start, ends, gradients = run_muon(
+        lambda params: tg.Muon(params, lr=0.02, momentum=0.95, weight_decay=0.04, row_norm=row_norm)
+    )
+    for index, (begin, end) in enumerate(zip(start, ends, strict=True)):
+        expected, other = {}, {}
+        for variant in (False, True):
+            param, buffer = begin.double(), torch.zeros_like(begin)
+            for step in gradients:
+                param, buffer = reference_muon_step(
+                    param, step[index], buffer, 0.02, 0.95, 0.04, row_norm=variant
+                )
+            (expected if variant == row_norm else other)["end"] = param
+        assert moved_apart([begin], [end], [expected["end"]]) < 0.02
+        assert moved_apart([begin], [end], [other["end"]]) > 0.05
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_row_norm_moves_every_row_by_the_learning_rate(shape):
+    """Also where rows of the gradient differ by a factor of ten thousand."""
+    param = torch.nn.Parameter(torch.zeros(shape))
+    param.grad = noise(*shape) * torch.logspace(-2, 2, shape[0])[:, None]
+    tg.Muon([param], lr=0.1, momentum=0.9, weight_decay=0.0, row_norm=True).step()
+    torch.testing.assert_close(param.detach().norm(dim=1), torch.full((shape[0],), 0.1), rtol=0.01, atol=0)
+
+
+def test_muon_scales_tall_matrices():
+    """sqrt(rows / columns) for a tall matrix, 1 for a wide one."""
+    for shape, factor in ((TALL, math.sqrt(3)), (WIDE, 1.0)):
+        param = torch.nn.Parameter(torch.zeros(shape))
+        param.grad = noise(*shape)
+        tg.Muon([param], lr=1.0, momentum=0.0, weight_decay=0.0).step()
+        assert distance(-param.detach(), factor * reference_newton_schulz(param.grad)) < BFLOAT16
+
+
+def test_muon_weight_decay_is_decoupled():
+    """With a gradient of zero a step only shrinks the weight, by lr times the decay."""
+    param = torch.nn.Parameter(noise(*TALL))
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    tg.Muon([param], lr=0.5, momentum=0.9, weight_decay=0.1).step()
+    torch.testing.assert_close(param.detach(), before * (1 - 0.5 * 0.1))
+
+
+def test_muon_reads_lr_and_momentum_at_every_step():
+    """A schedule writes them into the parameter groups."""
+    param = torch.nn.Parameter(torch.zeros(TALL))
+    optimiser = tg.Muon([param], lr=0.1, momentum=0.9, weight_decay=0.0)
+    expected, buffer = param.detach().double(), torch.zeros(TALL)
+    for i, (lr, momentum) in enumerate(((0.1, 0.5), (0.02, 0.95), (0.0, 0.99), (0.3, 0.0))):
+        for group in optimiser.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+        param.grad = noise(*TALL, seed=i)
+        optimiser.step()
+        expected, buffer = reference_muon_step(expected, param.grad, buffer, lr, momentum, 0.0)
+    assert distance(param.detach(), expected) < BFLOAT16
+
+
+def test_muon_continues_from_its_saved_state():
+    def step(optimiser, param, seed):
+        param.grad = noise(*TALL, seed=seed)
+        optimiser.step()
+
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+    param = torch.nn.Parameter(noise(*TALL))
+    optimiser = tg.Muon([param], **options)
+    step(optimiser, param, 1)
+    twin = torch.nn.Parameter(param.detach().clone())
+    resumed = tg.Muon([twin], **options)
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    forgetful = torch.nn.Parameter(param.detach().clone())
+    step(tg.Muon([forgetful], **options), forgetful, 2)
+    step(optimiser, param, 2)
+    step(resumed, twin, 2)
+    assert torch.equal(param, twin)
+    assert not torch.equal(param, forgetful)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Schedules
+# ----------------------------------------------------------------------------------------------------------
+
+
+def settings(**changed):
+    return tg.Hyperparameters.from_env({"PRESET": "pr606"} | changed)
+
+
+def test_warmdown_by_the_wall_clock():
+    """600 s, warmdown of 3,500 steps: it begins when the time left is 3,500 times the mean step so far."""
+    hp = settings()
+    step_seconds = 0.09736
+    assert tg.lr_scale(hp, 0, 0.0) == 1.0
+    assert tg.lr_scale(hp, 1, 50.0) == pytest.approx(550 / (3500 * 50))
+    begins = (600 - 3500 * step_seconds) / step_seconds
+    assert 2600 < begins < 2700
+    assert tg.lr_scale(hp, math.floor(begins), math.floor(begins) * step_seconds) == 1.0
+    first = math.ceil(begins) + 1
+    assert 0.999 < tg.lr_scale(hp, first, first * step_seconds) < 1.0
+    assert tg.lr_scale(hp, 4000, 300.0) == 1.0
+    assert tg.lr_scale(hp, 4000, 400.0) == pytest.approx(200 / (3500 * 0.1))
+    assert tg.lr_scale(hp, 6000, 600.0) == 0.0
+    assert tg.lr_scale(hp, 6000, 601.0) == 0.0
+
+
+def test_the_observed_step_of_half_the_learning_rate():
+    """The log of #606, seed 1337: scale 0.4997 at step 4,424 of 97.36 ms."""
+    assert tg.lr_scale(settings(), 4424, 4424 * 0.09736) == pytest.approx(0.4997, abs=0.004)
+
+
+def test_warmdown_by_steps():
+    hp = settings(PRESET="pr601")
+    assert tg.lr_scale(hp, 0, 0.0) == tg.lr_scale(hp, 6000, 1e6) == 1.0
+    assert tg.lr_scale(hp, 6001, 0.0) == pytest.approx(3499 / 3500)
+    assert tg.lr_scale(hp, 7750, 0.0) == pytest.approx(0.5)
+    assert tg.lr_scale(hp, 9499, 0.0) == pytest.approx(1 / 3500)
+    below = [step for step in range(9500) if tg.lr_scale(hp, step, 0.0) < 0.15]
+    assert below == list(range(8976, 9500))
+
+
+@pytest.mark.parametrize("wallclock", ["0", "600", "37.5"])
+def test_lr_scale_equals_the_formula(wallclock):
+    hp = settings(MAX_WALLCLOCK_SECONDS=wallclock, ITERATIONS="900", WARMDOWN_ITERS="400")
+    scales = []
+    for step in range(0, 900, 7):
+        elapsed = step * 0.04 * (1 + 0.2 * math.sin(step))
+        scales.append(tg.lr_scale(hp, step, elapsed))
+        assert scales[-1] == pytest.approx(reference_lr_scale(step, elapsed, 900, 400, float(wallclock)))
+    assert max(scales) == 1.0 and (wallclock == "600" or min(scales) < 0.1)
+
+
+def test_no_warmdown():
+    hp = settings(MAX_WALLCLOCK_SECONDS="0", ITERATIONS="10", WARMDOWN_ITERS="0")
+    assert [tg.lr_scale(hp, step, 1.0) for step in range(10)] == [1.0] * 10
+
+
+def test_muon_momentum_warms_up():
+    hp = settings()
+    assert tg.muon_momentum(hp, 0) == pytest.approx(0.92)
+    assert tg.muon_momentum(hp, 1) == pytest.approx(0.92 + 0.07 / 1500)
+    assert tg.muon_momentum(hp, 750) == pytest.approx(0.955)
+    assert tg.muon_momentum(hp, 1499) < 0.99
+    assert tg.muon_momentum(hp, 1500) == tg.muon_momentum(hp, 9000) == pytest.approx(0.99)
+    changed = settings(MUON_MOMENTUM="0.8", MUON_MOMENTUM_WARMUP_START="0.6", MUON_MOMENTUM_WARMUP_STEPS="10")
+    assert tg.muon_momentum(changed, 5) == pytest.approx(0.7)

@@ -1,0 +1,2878 @@
+"""train_gpt.py: tokenised text in, a scored language model of at most 16,000,000 bytes out.
+
+An 11-layer GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and
+#601 (value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights,
+hardens them for rounding, quantises them with GPTQ, packs them into one file, throws the model away, loads the
+file and scores it on the validation split with sliding windows and score-first test-time training.
+
+    python train_gpt.py                                              one process: CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py            8xH100, PRESET=pr606 (the default)
+    PRESET=smoke python train_gpt.py                                 two CPU cores, a few minutes
+    ARTIFACT=logs/RUN/artifact.bin STAGES=evaluate python train_gpt.py     score an artifact, nothing else
+    python train_gpt.py --help                                       every setting, its meaning, the presets
+
+Settings are environment variables. A run writes logs/<RUN_ID>/: log.txt, metrics.jsonl, result.json, model.pt,
+artifact.bin, and checkpoint.pt while it trains.
+
+Contents, in the order the data flows
+     1 Hyperparameters        6 Scoring             11 GPTQ
+     2 Processes and log      7 Optimisers          12 Packing
+     3 Data                   8 Averaging           13 Test-time training
+     4 Integer grid           9 QAT                 14 Main
+     5 Model                 10 Training
+
+Shapes: B batch, T tokens, D width, H heads, V vocabulary, L layers.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+try:
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    import zstandard
+    from torch import Tensor, nn
+except ImportError as missing:  # a silent fallback from zstd to zlib has put artifacts over the cap
+    raise SystemExit(f"error: {missing}; run `pip install -r requirements.txt`, or use ./run.sh") from None
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can mend: printed as it stands, without a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 Hyperparameters
+#
+# One frozen dataclass. The defaults are #606's run; the other presets list only what differs. The environment
+# goes over the preset, the preset over the default, and every mistake is reported at once, because a misspelt
+# name that is silently ignored makes a run that was not what it said.
+
+def setting(default, meaning: str):
+    """A dataclass field that carries its meaning for --help."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting of a run; the environment variable is the field's name in capitals."""
+
+    # the run
+    preset: str = setting("pr606", "set of defaults: pr606, pr601 or smoke")
+    run_id: str = setting("", "folder under logs/ (empty: preset-seed-time)")
+    stages: str = setting("train,quantize,evaluate", "parts of the pipeline to run, separated by commas")
+    artifact: str = setting("", "artifact to score with STAGES=evaluate (empty: the run's own)")
+    resume: bool = setting(False, "continue the interrupted run RUN_ID from its checkpoint")
+    seed: int = setting(1337, "seeds Python, NumPy and torch")
+    device: str = setting("auto", "auto, cuda or cpu")
+    dtype: str = setting("auto", "arithmetic of the matrix products: auto, bf16 or fp32")
+    compile: str = setting("auto", "torch.compile: auto, 0 or 1")
+    attention: str = setting("auto", "attention kernel: auto, fa3 or sdpa")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    train_log_every: int = setting(500, "steps between log lines")
+    val_loss_every: int = setting(4000, "steps between validations while training (0: none)")
+    val_batch_size: int = setting(524288, "tokens per scoring batch over all ranks, at most")
+    checkpoint_every: int = setting(0, "steps between checkpoints (0: only on SIGTERM)")
+    tensorboard: bool = setting(False, "also write TensorBoard event files")
+    # the model
+    vocab_size: int = setting(1024, "V, rows of the tied embedding")
+    num_layers: int = setting(11, "L; the first half feeds skips to the second")
+    model_dim: int = setting(512, "D, width of the residual stream")
+    num_heads: int = setting(8, "H, query heads")
+    num_kv_heads: int = setting(8, "key and value heads")
+    mlp_mult: float = setting(3.5, "MLP width in units of D")
+    mlp_slope: float = setting(0.5, "negative slope of the LeakyReLU that is squared (0: ReLU squared)")
+    rope_base: float = setting(10000.0, "RoPE base frequency")
+    rope_dims: int = setting(16, "dimensions of a head that RoPE turns")
+    rope_ntk_reference: int = setting(1024, "window length above which the RoPE base grows (0: never)")
+    qk_gain_init: float = setting(1.5, "initial gain of the normalised queries, per head")
+    logit_softcap: float = setting(30.0, "logits are squashed into +- this by tanh")
+    xsa_last_n: int = setting(11, "last layers with exclusive self attention")
+    ln_scale: bool = setting(True, "divide a block's normed input by sqrt(layer + 1)")
+    smear_gate: bool = setting(True, "mix each embedding with the previous one")
+    smear_reset_at_bos: bool = setting(False, "the embedding before a document's first counts as zero")
+    bigram_vocab_size: int = setting(8192, "buckets of the bigram hash (0: off)")
+    bigram_dim: int = setting(128, "width of the bigram table")
+    ve_enabled: bool = setting(True, "add a shared value embedding to V")
+    ve_dim: int = setting(128, "width of the value embedding table")
+    ve_layers: tuple[int, ...] = setting((9, 10), "layers that get the value embedding")
+    value_residual: bool = setting(False, "mix the first layer's V into every later one")
+    gated_attention: bool = setting(False, "a sigmoid gate per head and token")
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding")
+    ortho_init: bool = setting(True, "orthogonal initial matrices")
+    # the training
+    iterations: int = setting(20000, "steps, at most")
+    max_wallclock_seconds: float = setting(600.0, "training clock, calibration included (0: no clock)")
+    warmup_steps: int = setting(20, "uncounted first steps; weights, optimiser and data are restored")
+    warmdown_iters: int = setting(3500, "last steps, over which the learning rate falls to zero")
+    train_batch_tokens: int = setting(786432, "tokens per step over all ranks")
+    train_seq_len: int = setting(2048, "T while training")
+    grad_accum_steps: int = setting(0, "micro-steps per step and rank (0: what fits)")
+    tied_embed_lr: float = setting(0.035, "AdamW learning rate of the embedding tables")
+    matrix_lr: float = setting(0.025, "Muon learning rate of the matrices")
+    scalar_lr: float = setting(0.025, "AdamW learning rate of gains, gates and scales")
+    muon_momentum: float = setting(0.99, "Muon momentum after its warm-up")
+    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum at step 0")
+    muon_momentum_warmup_steps: int = setting(1500, "steps of the momentum warm-up")
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations")
+    muon_row_norm: bool = setting(False, "give every row of a Muon update length 1")
+    muon_wd: float = setting(0.04, "decoupled weight decay of the matrices")
+    adam_wd: float = setting(0.04, "decoupled weight decay of everything else")
+    beta1: float = setting(0.9, "AdamW first moment")
+    beta2: float = setting(0.95, "AdamW second moment")
+    adam_eps: float = setting(1e-8, "AdamW epsilon")
+    grad_clip_norm: float = setting(0.3, "global gradient norm (0: no clipping)")
+    averaging: str = setting("ema", "weights that are exported: ema, swa, best (on held-out training tokens), none")
+    ema_decay: float = setting(0.997, "EMA decay per step")
+    swa_every: int = setting(50, "steps between SWA snapshots, once the learning rate is below swa_threshold")
+    swa_threshold: float = setting(0.2, "learning-rate scale below which SWA collects")
+    qat_enabled: bool = setting(False, "fake quantisation from the first step on")
+    late_qat: bool = setting(True, "fake quantisation late in training")
+    late_qat_threshold: float = setting(0.5, "learning-rate scale below which late QAT runs")
+    soft_round_qat: bool = setting(True, "soft rounding (0: hard rounding, straight-through gradient)")
+    soft_round_alpha: float = setting(16.0, "sharpness that soft rounding reaches at the end, from 1")
+    # the artifact
+    quantizer: str = setting("gptq", "gptq, gptq_lite (best clip per row, no compensation) or rtn (plain rounding)")
+    attn_bits: int = setting(5, "bits of the attention matrices")
+    mlp_bits: int = setting(5, "bits of the MLP matrices")
+    embed_bits: int = setting(8, "bits of the embedding tables")
+    int6_last_n: int = setting(0, "last layers whose matrices get 6 bits")
+    prune_pct: float = setting(0.02, "share of the smallest weights of a matrix that become zero")
+    gptq_calib_sequences: int = setting(256, "training sequences behind the Hessians")
+    gptq_damp: float = setting(0.01, "share of the mean diagonal added to a Hessian")
+    zstd_level: int = setting(22, "zstd level")
+    artifact_limit: int = setting(16_000_000, "bytes of code and model together, at most")
+    # the score
+    eval_seq_len: int = setting(2048, "T while scoring")
+    eval_stride: int = setting(32, "tokens between the starts of sliding windows")
+    skip_sliding: bool = setting(True, "no sliding score apart from the one with test-time training")
+    eval_seconds: float = setting(600.0, "evaluation clock; training inside TTT stops early enough for it")
+    ttt_enabled: bool = setting(True, "score-first test-time training")
+    ttt_optimizer: str = setting("adamw", "adamw or sgd")
+    ttt_lr: float = setting(1e-4, "learning rate at the first chunk")
+    ttt_momentum: float = setting(0.9, "momentum of sgd")
+    ttt_epochs: int = setting(3, "passes over a chunk once it is scored")
+    ttt_chunk_tokens: int = setting(131072, "positions scored before they are trained on")
+    ttt_seq_len: int = setting(0, "T of a training sequence (0: EVAL_SEQ_LEN)")
+    ttt_batch_seqs: int = setting(64, "sequences per TTT step over all ranks")
+    ttt_params: str = setting("blocks", "what TTT trains: blocks (last N and all scales), control, control_qk, all")
+    ttt_freeze_blocks: int = setting(2, "the last N blocks are trained; the name is #606's")
+    ttt_schedule: str = setting("run", "cosine over the run's chunks, over each chunk (chunk), or constant")
+    ttt_perlayer_lr: bool = setting(False, "mlp.proj at 3x and mlp.fc at 0.5x the rate (#601)")
+    ttt_grad_clip: float = setting(1.0, "gradient norm of a TTT step")
+    ttt_temperature: float = setting(0.98, "lowest adaptive temperature, at zero entropy (1: off)")
+    use_polyak: bool = setting(False, "score with the Polyak average of the weights that TTT trains")
+    polyak_decay: float = setting(0.998, "Polyak decay per TTT step")
+    # filled in by from_env
+    ignored: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_env(env: Mapping[str, str]) -> Hyperparameters:
+        """Settings from a mapping of environment names to strings, and from nothing else.
+
+        Raises ValueError with one line for every bad, misspelt or contradictory setting.
+        """
+        errors, given, ignored = [], {}, []
+        preset = env.get("PRESET") or "pr606"
+        if preset not in PRESETS:
+            raise UserError(f"PRESET={preset} is unknown; choose one of {', '.join(PRESETS)}")
+        for name, text in env.items():
+            if name in IGNORED_NAMES:
+                ignored.append(name)
+            elif name in NOT_CARRIED:
+                if text not in ("", NOT_CARRIED[name]):
+                    errors.append(f"{name}={text}: this script does not carry that; only {name}={NOT_CARRIED[name]}")
+            elif (meant := _field_of(name, text, env)) is None:
+                if hint := _near_miss(name):
+                    errors.append(f"{name} is not a setting; did you mean {hint}?")
+            elif meant[1] != "" and meant[0] not in ("", "preset"):
+                field_name, value = meant
+                try:
+                    parsed = _parse(value, getattr(Hyperparameters, field_name))
+                except ValueError:
+                    kind = type(getattr(Hyperparameters, field_name)).__name__
+                    errors.append(f"{name}={text} is not a valid {kind}")
+                    continue
+                if given.setdefault(field_name, (name, parsed))[1] != parsed:
+                    errors.append(f"{given[field_name][0]} and {name} say different things; set one of them")
+        values = {**PRESETS[preset], **{key: value for key, (_, value) in given.items()}}
+        hp = Hyperparameters(**{**values, "preset": preset, "ignored": tuple(sorted(ignored))})
+        errors += [*hp.problems(), *_averaging_conflicts(hp, env)]
+        if errors:
+            raise UserError("\n".join(errors))
+        return hp
+
+    def problems(self) -> Iterator[str]:
+        """One line for every value that no run can use."""
+        names = [f.name for f in dataclasses.fields(self) if f.metadata]
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                yield f"{name.upper()}={value} must be a number of at least 0"
+            if name in CHOICES and value not in CHOICES[name]:
+                yield f"{name.upper()}={value} is unknown; choose one of {', '.join(CHOICES[name])}"
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                yield f"{name.upper()}={getattr(self, name)} must be at least 1"
+        if list(names) and any(getattr(self, name) < 1 for name in AT_LEAST_ONE):
+            return  # the rules below divide by these
+        for broken, message in (
+            (self.model_dim % self.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
+            (self.num_heads % self.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
+            (self.rope_dims % 2 or self.rope_dims > self.model_dim // self.num_heads or self.rope_dims == 2,
+             "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
+            (self.vocab_size > 65536, "VOCAB_SIZE must be at most 65536: shards hold 16-bit ids"),
+            (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
+            (self.ve_enabled and not self.ve_layers, "VE_LAYERS is empty; name layers, or set VE_ENABLED=0"),
+            (self.ve_enabled and any(not 0 <= layer < self.num_layers for layer in self.ve_layers),
+             f"VE_LAYERS must lie in 0..{self.num_layers - 1} (NUM_LAYERS={self.num_layers})"),
+            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
+            (not 1 <= self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must lie in 1..EVAL_SEQ_LEN"),
+            (self.ttt_chunk_tokens % (self.ttt_seq_len or self.eval_seq_len),
+             "TTT_CHUNK_TOKENS must be a multiple of TTT_SEQ_LEN (EVAL_SEQ_LEN where that is 0)"),
+            (self.ttt_params == "blocks" and self.ttt_freeze_blocks > self.num_layers,
+             "TTT_FREEZE_BLOCKS (the blocks that are trained) must be at most NUM_LAYERS"),
+            (any(not 2 <= bits <= 8 for bits in (self.attn_bits, self.mlp_bits, self.embed_bits)),
+             "ATTN_BITS, MLP_BITS and EMBED_BITS must lie in 2..8"),
+            (self.prune_pct >= 1, "PRUNE_PCT is a share and must be below 1"),
+            (self.zstd_level > 22, "ZSTD_LEVEL must lie in 0..22"),
+            (self.muon_momentum >= 1 or self.ema_decay >= 1, "MUON_MOMENTUM and EMA_DECAY must be below 1"),
+            (self.qat_enabled and self.soft_round_qat and not self.late_qat_threshold,
+             "soft rounding sharpens below LATE_QAT_THRESHOLD, which is 0"),
+            (not set(self.stages.split(",")) <= set(STAGES) or not self.stages,
+             f"STAGES={self.stages} is unknown; use {', '.join(STAGES)}, separated by commas"),
+            (self.artifact and self.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
+        ):
+            if broken:
+                yield message
+
+    def changed(self) -> dict[str, object]:
+        """The settings that differ from the preset."""
+        usual = Hyperparameters(preset=self.preset, **PRESETS[self.preset])
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if f.metadata and getattr(self, f.name) != getattr(usual, f.name)}
+
+    @staticmethod
+    def table() -> str:
+        """Every setting with its value in each preset, as a Markdown table."""
+        show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else \
+            str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        rows = [("name", *PRESETS, "meaning")]
+        for f in dataclasses.fields(Hyperparameters):
+            if f.metadata and f.name != "preset":
+                values = [show(preset.get(f.name, f.default)) or '""' for preset in PRESETS.values()]
+                rows.append((f.name.upper(), *values, f.metadata["meaning"]))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        rows.insert(1, tuple("-" * width for width in widths))
+        return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "pr606": {},
+    "pr601": dict(
+        num_kv_heads=4, mlp_mult=3.0, mlp_slope=0.0, rope_ntk_reference=0, xsa_last_n=4, bigram_vocab_size=1024,
+        ve_enabled=False, value_residual=True, gated_attention=True,
+        iterations=9500, max_wallclock_seconds=0.0, train_batch_tokens=524288, train_seq_len=1024,
+        muon_row_norm=True, late_qat_threshold=0.15, soft_round_qat=False,
+        attn_bits=6, prune_pct=0.0, eval_seq_len=1024, eval_stride=128, skip_sliding=False,
+        ttt_enabled=False, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=2, ttt_chunk_tokens=32768,
+        ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
+    ),
+    "smoke": dict(
+        data_path="./data/datasets/sotu_sp1024", tokenizer_path="./data/tokenizers/sotu_1024_bpe.model",
+        train_log_every=50, val_loss_every=0,
+        num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, bigram_vocab_size=2048, bigram_dim=64,
+        rope_ntk_reference=0, xsa_last_n=3, smear_reset_at_bos=True, ve_dim=64, ve_layers=(1, 2),
+        value_residual=True, gated_attention=True,
+        iterations=600, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=300,
+        train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
+        gptq_calib_sequences=128, eval_seq_len=512, eval_stride=128, skip_sliding=False,
+        ttt_lr=5e-4, ttt_epochs=2, ttt_chunk_tokens=8192, ttt_batch_seqs=8, ttt_params="all",
+    ),
+}
+
+STAGES = ("train", "quantize", "evaluate")
+CHOICES = {
+    "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bf16", "fp32"), "compile": ("auto", "0", "1"),
+    "attention": ("auto", "fa3", "sdpa"), "averaging": ("ema", "swa", "best", "none"),
+    "quantizer": ("gptq", "gptq_lite", "rtn"), "ttt_optimizer": ("adamw", "sgd"),
+    "ttt_params": ("blocks", "control", "control_qk", "all"), "ttt_schedule": ("run", "chunk", "constant"),
+}
+AT_LEAST_ONE = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "iterations",
+    "train_batch_tokens", "train_seq_len", "eval_seq_len", "train_log_every", "muon_backend_steps", "swa_every",
+    "gptq_calib_sequences", "ttt_epochs", "ttt_chunk_tokens", "ttt_batch_seqs", "artifact_limit", "bigram_dim",
+    "ve_dim", "val_batch_size", "rope_base",
+)
+# Names of the submissions for settings that have another name here. A table of values maps a switch.
+ALIASES: dict[str, str | dict[str, tuple[str, str]]] = {
+    "BIGRAM_BUCKETS": "bigram_vocab_size", "XSA_LAYERS": "xsa_last_n", "PARTIAL_ROPE_DIMS": "rope_dims",
+    "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
+    "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
+    "SGD_TTT_SEQ_LEN": "ttt_seq_len", "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
+    "TTT_COSINE_LR": {"1": ("ttt_schedule", "chunk"), "0": ("ttt_schedule", "constant")},
+    "FULL_GPTQ": {"1": ("quantizer", "gptq"), "0": ("", "")},
+    "GPTQ_LITE": {"1": ("quantizer", "gptq_lite"), "0": ("", "")},
+    "INT5_MLP": {"1": ("mlp_bits", "5"), "0": ("mlp_bits", "6")},
+    "BIGRAM_HASH": {"1": ("", ""), "0": ("bigram_vocab_size", "0")},
+    "EMA_ENABLED": {"1": ("", ""), "0": ("", "")}, "SWA_ENABLED": {"1": ("", ""), "0": ("", "")},
+}
+# Techniques of the submissions' files that were off in their runs: the value that says off.
+NOT_CARRIED = {
+    "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "LOAD_ARTIFACT": "", **dict.fromkeys((
+        "DTG_ENABLED", "HYPER_CONNECTIONS", "ADAPTIVE_VR", "TTT_GA_GUIDED", "CACHE_MIXTURE", "OGD_BIAS",
+        "KV_CACHE_LEN", "USE_CACHE", "USE_MIXER", "BYTE_WEIGHTED_TTT", "ADAPTIVE_LR", "QTTT", "VR_V0_FP16",
+        "GPTQ_LITE_SEARCH"), "0"),
+}
+# Read by the submissions without effect under their settings: accepted, and logged as ignored.
+IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
+                 "GPTQ_LITE_GRID", "GPTQ_CALIB_BATCHES")
+# Settings of run.sh and data/prepare.py.
+FOREIGN_NAMES = ("SEEDS", "NPROC", "TORCH_INDEX_URL", "HF_ENDPOINT", "MATCHED_FINEWEB_REPO_ID",
+                 "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
+
+
+def _field_of(name: str, text: str, env: Mapping[str, str]) -> tuple[str, str] | None:
+    """The field that an environment name sets and the text of its value; an empty field means no effect."""
+    if name in FOREIGN_NAMES or name == "GPTQ_LITE" and env.get("FULL_GPTQ") == "1":
+        return "", ""
+    meant = ALIASES.get(name, name.lower() if name.isupper() else None)
+    if isinstance(meant, dict):
+        return meant.get(text, ("", "") if text == "" else ("late_qat", text))  # a bad switch fails as a bool
+    return (meant, text) if meant in Hyperparameters.__dataclass_fields__ and meant != "ignored" else None
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, last = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
+    return row[-1]
+
+
+def _near_miss(name: str) -> str | None:
+    """The known name that an unknown one was probably meant to be."""
+    fields = [f.name.upper() for f in dataclasses.fields(Hyperparameters) if f.metadata]
+    known = [*fields, *ALIASES, *NOT_CARRIED, *IGNORED_NAMES, *FOREIGN_NAMES]
+    close = [other for other in known if abs(len(other) - len(name)) <= 2 and _edits(name, other) <= 2]
+    if close or name.startswith(OWN_PREFIXES):
+        return min(close or known, key=lambda other: _edits(name, other))
+    return None
+
+
+def _parse(text: str, like: object) -> object:
+    """A setting's text as the type of its default."""
+    if isinstance(like, bool):
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError(text)
+        return text.lower() in ("1", "true")
+    if isinstance(like, tuple):
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    return type(like)(text)
+
+
+def _averaging_conflicts(hp: Hyperparameters, env: Mapping[str, str]) -> Iterator[str]:
+    """The submissions' two switches may repeat what AVERAGING says, not contradict it."""
+    for switch, kind in (("EMA_ENABLED", "ema"), ("SWA_ENABLED", "swa")):
+        if env.get(switch) in ("0", "1") and (env[switch] == "1") != (hp.averaging in (kind, "best")):
+            yield f"{switch}={env[switch]} contradicts AVERAGING={hp.averaging}; set AVERAGING=ema, swa, best or none"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 Processes and log
+#
+# `World` is this process among its equals. On one process every operation is the identity, so no other section
+# asks whether it runs alone. Its sums run over gloo on CPU and NCCL on CUDA. `RunLog` writes what rank 0 says.
+
+class World:
+    """Rank, size and device of this process, and the collectives that a run needs.
+
+    env is the process's environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, ...). Raises UserError where the
+    device that `hp` asks for is not there.
+    """
+
+    def __init__(self, hp: Hyperparameters, env: Mapping[str, str]):
+        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        if hp.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda, but PyTorch sees no CUDA device; use DEVICE=auto or a CUDA build of torch")
+        kind = hp.device if hp.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        if kind == "cuda" and local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} processes on this node, but {torch.cuda.device_count()} CUDA devices; "
+                            f"lower --nproc_per_node (run.sh: NPROC)")
+        self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        # Half precision pays where the device has units for it and the matrices are large enough to fill them.
+        wide = hp.model_dim >= 384 and torch.ops.mkldnn._is_mkldnn_bf16_supported() if kind == "cpu" else True
+        self.dtype = torch.bfloat16 if hp.dtype == "bf16" or hp.dtype == "auto" and wide else torch.float32
+        self.grouped = self.size > 1
+        if self.grouped:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=20))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.grouped:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        if not self.grouped:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The source rank's tensor on every rank, in place."""
+        if self.grouped:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def shard(self, count: int, rank: int | None = None) -> range:
+        """This rank's contiguous share of `count` things; shares differ by at most one."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def same_everywhere(self, tensor: Tensor) -> bool:
+        """Whether all ranks hold the same numbers, by a float64 checksum."""
+        checksum = tensor.double().sum().item()
+        return self.max(checksum) == -self.max(-checksum)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.max(0.0)
+
+    def synchronize(self) -> None:
+        """Wait for the device, before a host clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The arithmetic of every forward pass: bf16 matrix products on fp32 weights, or plain fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+    def peak_memory(self) -> int:
+        """Bytes: the device's peak on CUDA, the process's peak elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # POSIX only
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.grouped:
+            dist.destroy_process_group()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """Log lines to console and log.txt, metrics as JSON lines to metrics.jsonl; silent on ranks above 0."""
+
+    def __init__(self, folder: Path | None, tensorboard: bool = False):
+        self.text = self.metrics = self.board = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text = open(folder / "log.txt", "a", encoding="utf-8")
+            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            if tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise UserError("TENSORBOARD=1 needs the tensorboard package: pip install tensorboard") from None
+                self.board = SummaryWriter(str(folder))
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        """One line: an event, then key:value pairs."""
+        if self.text:
+            if console:
+                print(line, flush=True)
+            print(line, file=self.text, flush=True)
+
+    def metric(self, event: str, **values) -> None:
+        """One JSON line; `step` orders the TensorBoard curves."""
+        if self.metrics:
+            print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
+            for key, value in values.items():
+                if self.board and key != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{event}/{key}", value, values.get("step", 0))
+
+
+class Budget:
+    """Seconds per phase against one of the challenge's two clocks; phases that do not count are listed apart."""
+
+    def __init__(self, world: World, limit: float):
+        self.world, self.limit = world, limit
+        self.counted: dict[str, float] = {}
+        self.uncounted: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, counted: bool = True) -> Iterator[None]:
+        """Time the body as one phase, to the slowest rank."""
+        self.world.synchronize()
+        start = time.perf_counter()
+        yield
+        self.world.synchronize()
+        self.add(name, self.world.max(time.perf_counter() - start), counted)
+
+    def add(self, name: str, seconds: float, counted: bool = True) -> None:
+        """Book seconds that were measured elsewhere."""
+        phases = self.counted if counted else self.uncounted
+        phases[name] = phases.get(name, 0.0) + seconds
+
+    @property
+    def used(self) -> float:
+        """Counted seconds so far."""
+        return sum(self.counted.values())
+
+    def report(self) -> dict:
+        """What result.json holds."""
+        return {"limit": self.limit, "used": self.used, "within": not self.limit or self.used <= self.limit,
+                "counted": self.counted, "uncounted": self.uncounted}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 Data
+#
+# Shards of 16-bit token ids come in, batches of sequences go out. The order is the submissions': files by name,
+# read straight through, eight spans per step, whatever the number of ranks. `ByteTable` turns tokens back into
+# bytes, which is what makes scores of different tokenizers comparable.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+BOS = 1
+SPANS_PER_STEP = 8
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """The token ids of one shard, uint16, memory-mapped.
+
+    Raises UserError where the file is missing, is not a shard, or is shorter or longer than its header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; `python data/prepare.py` makes or downloads shards")
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+    if header.size < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); fetch it again")
+    count, size = int(header[2]), path.stat().st_size
+    if count < 1 or size != SHARD_HEADER * 4 + 2 * count:
+        raise UserError(f"{path} has {size} bytes where its header promises {SHARD_HEADER * 4 + 2 * count} "
+                        f"({count} tokens); it is damaged or half downloaded, fetch it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER * 4, shape=(count,))
+
+
+def read_split(folder: str, split: str) -> list[np.ndarray]:
+    """All shards of a split in order of their names."""
+    files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    if not files:
+        raise UserError(f"no {split} shards (fineweb_{split}_*.bin) in {folder}; set DATA_PATH, or make them with "
+                        f"`python data/prepare.py`")
+    return [read_shard(file) for file in files]
+
+
+def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
+    """Raise UserError unless every id is below vocab_size; ranks share the reading."""
+    largest = [int(shards[i].max()) for i in range(world.rank, len(shards), world.size)]
+    if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
+        raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}; data and setting do not match")
+
+
+class TokenStream:
+    """Training tokens in their published order, wrapping around, without the held-out tail.
+
+    shards   token arrays in order; the last min(131,072, 1 %) tokens of the last one are kept back for
+             AVERAGING=best, in every mode, so that all runs train on the same tokens
+    """
+
+    def __init__(self, shards: list[np.ndarray]):
+        held = min(131072, len(shards[-1]) // 100)
+        self.shards = [*shards[:-1], shards[-1][: len(shards[-1]) - held]]
+        self.held_out = shards[-1][len(shards[-1]) - held:]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+        self.position = 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` tokens, int64."""
+        pieces = []
+        while count:
+            at = self.position % self.total
+            index = int(np.searchsorted(self.ends, at, side="right"))
+            offset = at - (int(self.ends[index]) - len(self.shards[index]))
+            piece = self.shards[index][offset: offset + count]
+            pieces.append(piece)
+            self.position += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces).astype(np.int64)
+
+    def step(self, batch_tokens: int, seq_len: int) -> np.ndarray:
+        """The sequences of one optimiser step, (batch_tokens / seq_len, seq_len + 1) int64.
+
+        Eight spans of batch_tokens / 8 + 1 tokens, as the submissions read them on 1 to 8 GPUs, or one span where
+        that does not divide into sequences. A sequence's last token is the next one's first.
+        """
+        whole = batch_tokens % (SPANS_PER_STEP * seq_len) == 0
+        spans = SPANS_PER_STEP if whole else 1
+        length = batch_tokens // spans
+        rows = [np.lib.stride_tricks.sliding_window_view(self.take(length + 1), seq_len + 1)[::seq_len]
+                for _ in range(spans)]
+        return np.concatenate(rows)
+
+    def sample(self, count: int, seq_len: int, seed: int) -> np.ndarray:
+        """`count` sequences from random places of the training tokens, (count, seq_len) int64."""
+        shards = [shard for shard in self.shards if len(shard) >= seq_len]
+        if not shards:
+            raise UserError(f"no training shard holds {seq_len} tokens; use a smaller TRAIN_SEQ_LEN or more text")
+        rng = np.random.default_rng(seed)
+        sizes = np.array([len(shard) for shard in shards], dtype=np.float64)
+        chosen = rng.choice(len(shards), size=count, p=sizes / sizes.sum())
+        starts = [int(rng.integers(len(shards[i]) - seq_len + 1)) for i in chosen]
+        return np.stack([shards[i][at: at + seq_len] for i, at in zip(chosen, starts)]).astype(np.int64)
+
+
+def validation_tokens(folder: str, seq_len: int) -> Tensor:
+    """The whole validation split, cut to a multiple of seq_len positions plus one token, int32."""
+    tokens = np.concatenate(read_split(folder, "val"))
+    positions = (len(tokens) - 1) // seq_len * seq_len
+    if positions < seq_len:
+        raise UserError(f"validation has {len(tokens)} tokens; EVAL_SEQ_LEN={seq_len} needs at least {seq_len + 1}")
+    return torch.from_numpy(tokens[: positions + 1].astype(np.int32))
+
+
+class ByteTable:
+    """UTF-8 bytes per token by the challenge's official rule.
+
+    Control, unknown and unused pieces count nothing and are boundaries; a byte piece counts one; any other piece
+    counts its text without one leading U+2581, and that one counts a byte unless a boundary comes before.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        size = processor.get_piece_size()
+        self.bytes, self.space, self.boundary = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
+        for i in range(size):
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+                self.boundary[i] = True
+            elif processor.is_byte(i):
+                self.bytes[i] = 1
+            else:
+                piece = processor.id_to_piece(i)
+                self.space[i] = piece.startswith("\u2581")
+                self.bytes[i] = len(piece.removeprefix("\u2581").encode())
+
+    def count(self, previous: Tensor, target: Tensor) -> Tensor:
+        """Bytes charged for each target after its previous token; int tensors of one shape, int32 out."""
+        p, t = previous.cpu().numpy(), target.cpu().numpy()
+        return torch.from_numpy(np.asarray(self.bytes[t] + (self.space[t] & ~self.boundary[p]), dtype=np.int32))
+
+
+def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model, checked against VOCAB_SIZE."""
+    if not Path(path).is_file():
+        raise UserError(f"tokenizer {path} is missing; set TOKENIZER_PATH, or make it with `python data/prepare.py`")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.Load(path)
+    except (RuntimeError, OSError):
+        raise UserError(f"{path} is not a SentencePiece model; set TOKENIZER_PATH") from None
+    if processor.get_piece_size() != vocab_size:
+        raise UserError(f"{path} has {processor.get_piece_size()} pieces, but VOCAB_SIZE={vocab_size}; "
+                        f"set VOCAB_SIZE={processor.get_piece_size()} or another TOKENIZER_PATH")
+    return processor
+
+
+def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int = 200) -> None:
+    """Decode the first validation documents and compare their bytes with the table's, to one byte per document.
+
+    Wrong byte tables have made published scores 4 to 20 % too good (#1143, #1719, #1184).
+    """
+    sample = tokens[:1_000_000]
+    starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
+    spans = list(zip(starts, starts[1:])) or [(0, min(len(sample), 8192))]
+    counted = decoded = 0
+    for start, end in spans:
+        ids = sample[start:end]
+        counted += int(table.count(ids[:-1], ids[1:]).sum())
+        decoded += len(processor.decode(ids[1:].tolist()).encode())
+    if abs(counted - decoded) > len(spans):
+        raise UserError(f"the byte table counts {counted} bytes where {len(spans)} decoded validation documents "
+                        f"have {decoded}; tokenizer and shards do not belong together")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 Integer grid
+#
+# The one grid that QAT trains towards, GPTQ rounds to and the packer stores: signed codes within +-max_code and
+# one scale per row. Scales are kept as fp16 can hold them, so that what was scored is what was packed.
+
+@dataclass
+class QuantizedTensor:
+    """Integer codes with one scale per row: codes int8 (..., out, in), scales float (..., out), max_code int."""
+
+    codes: Tensor
+    scales: Tensor
+    max_code: int
+
+    def dequantize(self) -> Tensor:
+        """The weights that the codes stand for, float32."""
+        return self.codes.float() * self.scales.float().unsqueeze(-1)
+
+
+def max_code_of(bits: int) -> int:
+    """The largest code of a symmetric grid."""
+    return 2 ** (bits - 1) - 1
+
+
+# The smallest step that fp16 holds. #606's floor of 1/15 coarsened nearly every row.
+SCALE_FLOOR = 2.0 ** -24
+
+
+def row_scales(weight: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
+    """The step of each row: its absmax over max_code, times the rate multiplier; (..., out, in) -> (..., out).
+
+    A multiplier above 1 leaves the outermost codes unused: fewer bits after entropy coding, a coarser grid.
+    """
+    return (weight.abs().amax(dim=-1) * (multiplier / max_code)).clamp_min(SCALE_FLOOR)
+
+
+def storable(scales: Tensor) -> Tensor:
+    """Scales as the artifact will hold them, rounded to fp16."""
+    return scales.half().float().clamp_min(SCALE_FLOOR)
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, max_code: int) -> QuantizedTensor:
+    """Plain rounding to the nearest code; weight (..., out, in), scales (..., out)."""
+    codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
+    return QuantizedTensor(codes.to(torch.int8), scales, max_code)
+
+
+def soft_round(y: Tensor, alpha: float | Tensor) -> Tensor:
+    """A smooth staircase through the half-integers, elementwise: the identity as alpha -> 0, rounding as it grows.
+
+    floor(y) + 1/2 + tanh(alpha r) / (2 tanh(alpha / 2)) with r = y - floor(y) - 1/2. Agustsson and Theis 2020,
+    arXiv:2006.09952.
+    """
+    alpha = torch.as_tensor(alpha, dtype=y.dtype, device=y.device)
+    low = torch.floor(y)
+    return low + 0.5 + torch.tanh(alpha * (y - low - 0.5)) / (2 * torch.tanh(alpha / 2))
+
+
+def soft_round_gradient(y: Tensor, alpha: float | Tensor) -> Tensor:
+    """The derivative of soft_round, elementwise."""
+    alpha = torch.as_tensor(alpha, dtype=y.dtype, device=y.device)
+    slope = torch.tanh(alpha * (y - torch.floor(y) - 0.5))
+    return alpha * (1 - slope * slope) / (2 * torch.tanh(alpha / 2))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 Model
+#
+# Token ids in, soft-capped logits out. One class serves training, calibration and scoring. Weights are fp32
+# masters that are cast to the dtype of the activations; the caller's autocast chooses that dtype. Parameter names
+# are the submissions' own, so their state dicts load here.
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class CastLinear(nn.Linear):
+    """A linear layer whose weight takes the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def rotary_tables(length: int, dims: int, base: float, reference: int, device, dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of partial RoPE, each (length, 1, dims / 2).
+
+    Windows longer than `reference` stretch the base by (length / reference)^(dims / (dims - 2)), the NTK rule that
+    #606 trained with; 0 never does.
+    """
+    if reference and length > reference:
+        base *= (length / reference) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first dimensions of every head, half against half; x (B, T, H, D / H)."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half: 2 * half], x[..., 2 * half:]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def flash_attention_3() -> Callable | None:
+    """FlashAttention 3's function where it is installed and the GPU is a Hopper; looked up late, never at import."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+    return attend
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's causal attention on (B, T, H, D / H), fewer key heads than query heads allowed."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal attention with normalised queries and keys, partial RoPE, and the submissions' additions to V and to
+    the output: value embedding, value residual (arXiv:2410.17897), exclusive self attention, gates (arXiv:2505.06708).
+    """
+
+    def __init__(self, hp: Hyperparameters, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.width = hp.num_heads, hp.num_kv_heads, hp.model_dim // hp.num_heads
+        kv_dim = self.kv_heads * self.width
+        self.c_q = CastLinear(hp.model_dim, hp.model_dim, bias=False)
+        self.c_k = CastLinear(hp.model_dim, kv_dim, bias=False)
+        self.c_v = CastLinear(hp.model_dim, kv_dim, bias=False)
+        self.proj = CastLinear(hp.model_dim, hp.model_dim, bias=False)
+        self.q_gain = nn.Parameter(torch.full((self.heads,), hp.qk_gain_init))
+        self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if hp.value_residual else None
+        self.attn_gate = CastLinear(hp.model_dim, self.heads) if hp.gated_attention else None
+        self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
+        self.attend = sdpa_attention
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], ve: Tensor | None, v0: Tensor | None):
+        """x (B, T, D), ve (B, T, kv width) or None, v0 the first layer's V or None -> output (B, T, D), own raw V."""
+        B, T, D = x.shape
+        q = rms_norm(self.c_q(x).view(B, T, self.heads, self.width))
+        k = rms_norm(self.c_k(x).view(B, T, self.kv_heads, self.width))
+        v = self.c_v(x)
+        v = raw = (v if ve is None else v + ve).view(B, T, self.kv_heads, self.width)
+        if v0 is not None:
+            mix = self.vr_lambda.to(v.dtype)
+            v = mix[0] * v0 + mix[1] * v
+        q = apply_rotary(q, *rotary) * self.q_gain.to(q.dtype).view(-1, 1)
+        y = self.attend(q, apply_rotary(k, *rotary), v)
+        if self.exclusive:
+            y = remove_own_value(y, v)
+        if self.attn_gate is not None:
+            y = y * torch.sigmoid(self.attn_gate(x)).unsqueeze(-1)
+        return self.proj(y.reshape(B, T, D)), raw
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention (XSA): drop the part of each head's output that lies along its token's own value.
+
+    y (B, T, H, d), v (B, T, G, d); the H / G heads of a group share a value.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1))
+    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared (leaky) ReLU."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        hidden = int(hp.mlp_mult * hp.model_dim)
+        self.fc = CastLinear(hp.model_dim, hidden, bias=False)
+        self.proj = CastLinear(hidden, hp.model_dim, bias=False)
+        self.slope = hp.mlp_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP on a mix of the stream and the embedding, with learnt gains per channel."""
+
+    def __init__(self, hp: Hyperparameters, layer: int):
+        super().__init__()
+        self.attn, self.mlp = CausalSelfAttention(hp, layer), MLP(hp)
+        self.attn_scale = nn.Parameter(torch.ones(hp.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(hp.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(hp.model_dim), torch.zeros(hp.model_dim))))
+        self.input_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rotary, ve: Tensor | None, v0: Tensor | None):
+        """x, x0 (B, T, D) -> (B, T, D) and the attention's raw V."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        attended, raw = self.attn(rms_norm(x) * self.input_scale, rotary, ve, v0)
+        x = x + self.attn_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale), raw
+
+
+class SmearGate(nn.Module):
+    """Mix each token's embedding with the one before it, by a learnt share per channel."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(hp.model_dim))
+        self.reset_at_bos = hp.smear_reset_at_bos
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, T, D), tokens (B, T) -> (B, T, D); before the first token stands zero."""
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.reset_at_bos:  # a document does not leak into the next (#1797, #1851)
+            previous = previous * (tokens != BOS).unsqueeze(-1)
+        return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
+class BigramHash(nn.Module):
+    """An embedding of each pair of neighbouring tokens, hashed into a table."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.buckets = hp.bigram_vocab_size
+        self.embed = nn.Embedding(self.buckets, hp.bigram_dim)
+        self.proj = CastLinear(hp.bigram_dim, hp.model_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, D); the last bucket stands for "no token before"."""
+        t = tokens.to(torch.int32)
+        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % (self.buckets - 1)
+        index = F.pad(pair, (1, 0), value=self.buckets - 1)
+        return self.proj(self.embed(index).to(dtype)) * self.scale.to(dtype)
+
+
+class ValueEmbedding(nn.Module):
+    """A token embedding that some layers add to their V."""
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.embed = nn.Embedding(hp.vocab_size, hp.ve_dim)
+        self.proj = CastLinear(hp.ve_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, kv width)."""
+        return self.proj(self.embed(tokens).to(dtype)) * self.scale.to(dtype)
+
+
+class GPT(nn.Module):
+    """The language model; computes in the dtype of its weights, or of the caller's autocast, for any T.
+
+    model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean cross-entropy in nats.
+    """
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        L, D = hp.num_layers, hp.model_dim
+        self.hp = hp
+        self.tok_emb = nn.Embedding(hp.vocab_size, D)
+        self.bigram = BigramHash(hp) if hp.bigram_vocab_size else None
+        self.smear = SmearGate(hp) if hp.smear_gate else None
+        self.skip_weights = nn.Parameter(torch.ones(min(L // 2, L - L // 2), D))
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
+        self.ve_shared = ValueEmbedding(hp) if hp.ve_enabled else None
+        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers) if hp.ve_enabled else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Embeddings small, matrices orthogonal, the outputs of attention and MLP zero, gates nearly open."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.endswith(("attn.proj", "mlp.proj", "attn_gate")):
+                    nn.init.zeros_(module.weight)
+                elif self.hp.ortho_init and min(module.weight.shape) >= 64:
+                    nn.init.orthogonal_(module.weight)
+                    if name.endswith(".proj"):
+                        module.weight.mul_((2 * self.hp.num_layers) ** -0.5)
+                if module.bias is not None:
+                    nn.init.constant_(module.bias, 4.0)
+        nn.init.normal_(self.tok_emb.weight, std=self.hp.tied_embed_init_std)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.embed.weight)
+        if self.ve_shared is not None:
+            nn.init.normal_(self.ve_shared.embed.weight, std=0.01)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The normed stream before the output layer; tokens (B, T) -> (B, T, D)."""
+        hp, device = self.hp, tokens.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) \
+            else self.tok_emb.weight.dtype
+        x = self.tok_emb(tokens).to(dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, tokens)
+        x0, v0, skips = x, None, []
+        rotary = rotary_tables(tokens.size(1), hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype)
+        shared = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
+        encoder = hp.num_layers // 2
+        for layer, block in enumerate(self.blocks):
+            if layer >= encoder and skips:
+                x = x + self.skip_weights[layer - encoder].to(dtype) * skips.pop()
+            ve = None
+            if shared is not None and layer in hp.ve_layers:
+                ve = shared * self.ve_layer_scales[hp.ve_layers.index(layer)].to(dtype)
+            x, raw = block(x, x0, rotary, ve, v0)
+            if hp.value_residual and layer == 0:
+                v0 = raw
+            if layer < encoder:
+                skips.append(x)
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits by the tied embedding, at least float32; (..., D) -> (..., V)."""
+        z = full_precision(F.linear(hidden, self.tok_emb.weight.to(hidden.dtype)))
+        return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.logits(self.hidden(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+MODEL_SETTINGS = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "rope_base",
+    "rope_dims", "rope_ntk_reference", "logit_softcap", "xsa_last_n", "ln_scale", "smear_gate", "smear_reset_at_bos",
+    "bigram_vocab_size", "bigram_dim", "ve_enabled", "ve_dim", "ve_layers", "value_residual", "gated_attention",
+)
+EMBEDDINGS = ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight")
+
+
+def role_of(name: str) -> str:
+    """What a tensor is to the optimiser and the quantiser: attn, mlp, embed, matrix or control."""
+    if name in EMBEDDINGS:
+        return "embed"
+    if name.startswith("blocks.") and name.endswith(".weight") and "attn_gate" not in name:
+        return "attn" if ".attn." in name else "mlp"
+    return "matrix" if name.endswith(("proj.weight", "attn_gate.weight")) else "control"
+
+
+def knockouts(model: GPT) -> dict[str, tuple[str, float]]:
+    """For each technique with weights, a parameter suffix and the value that switches it off in a trained model."""
+    hp = model.hp
+    return {name: edit for name, on, edit in (
+        ("value_residual", hp.value_residual, ("vr_lambda", 0.0)),
+        ("gated_attention", hp.gated_attention, ("attn_gate.bias", 30.0)),
+        ("smear_gate", hp.smear_gate, ("smear.gate", -30.0)),
+        ("bigram_hash", hp.bigram_vocab_size, ("bigram.scale", 0.0)),
+        ("value_embedding", hp.ve_enabled, ("ve_shared.scale", 0.0)),
+        ("unet_skips", hp.num_layers > 1, ("skip_weights", 0.0)),
+    ) if on}
+
+
+@torch.no_grad()
+def technique_proofs(model: GPT, tokens: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+    """The loss on one batch with each technique as trained and with it switched off, in nats.
+
+    A technique that is silently off shows two equal numbers.
+    """
+    base, proofs = model(tokens, targets).item(), {}
+    for name, (suffix, value) in knockouts(model).items():
+        changed = {key: p for key, p in model.named_parameters() if key.endswith(suffix)}
+        kept = {key: p.clone() for key, p in changed.items()}
+        for key, p in changed.items():
+            p.fill_(value)
+            if name == "value_residual":
+                p[1] = 1.0  # V alone
+        proofs[name] = {"loss": base, "loss_without": model(tokens, targets).item(),
+                        "mean": sum(p.mean().item() for p in kept.values()) / len(kept)}
+        for key, p in changed.items():
+            p.copy_(kept[key])
+    exclusive = [block.attn for block in model.blocks if block.attn.exclusive]
+    if exclusive:
+        for attn in exclusive:
+            attn.exclusive = False
+        proofs["xsa"] = {"loss": base, "loss_without": model(tokens, targets).item(), "layers": len(exclusive)}
+        for attn in exclusive:
+            attn.exclusive = True
+    return proofs
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6 Scoring
+#
+# One scorer for validation, sliding windows and test-time training. Windows say what is read and which positions
+# count; every position counts exactly once. The loss of position p is that of token p + 1 given tokens 0..p.
+
+@dataclass(frozen=True)
+class Score:
+    """Summed loss in nats over scored positions, and the bytes that their targets stand for."""
+
+    nats: float = 0.0
+    positions: int = 0
+    bytes: int = 0
+
+    @property
+    def val_loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / max(self.positions, 1)
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.positions + other.positions, self.bytes + other.bytes)
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.val_loss:.8f} val_bpb:{self.val_bpb:.8f}"
+
+
+def sliding_windows(positions: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows (start, end, first_scored), half-open, that score every position once, from left to right.
+
+    The first window scores all it reads, every later one its last `stride` positions. The last ends at the final
+    position and scores what is left, where published scripts score the tail again and again.
+    """
+    windows = [(0, min(seq_len, positions), 0)] if positions else []
+    while windows and (first := windows[-1][1]) < positions:
+        end = min(first + stride, positions)
+        windows.append((max(end - seq_len, 0), end, first))
+    return windows
+
+
+def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
+    """Logits over T = clamp(1 - (1 - low)(1 - H / ln V), 0.9, 1.05), H the entropy of their softmax (#606)."""
+    log_p = F.log_softmax(logits, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    return logits / (1 - (1 - low) * (1 - entropy / math.log(logits.size(-1)))).clamp(0.9, 1.05)
+
+
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0) -> Tensor:
+    """Nats of the last `scored` targets of each window; tokens, targets (B, T) -> (B, scored) float32.
+
+    Only those positions go through the output layer.
+    """
+    logits = model.logits(model.hidden(tokens)[:, -scored:])
+    if temperature != 1.0:
+        logits = adaptive_temperature(logits, temperature)
+    return F.cross_entropy(logits.flatten(0, 1), targets[:, -scored:].flatten(), reduction="none").view(-1, scored)
+
+
+def window_batches(windows: list[tuple[int, int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Neighbouring windows of one shape, at most batch_tokens long together."""
+    batch: list[tuple[int, int, int]] = []
+    for window in windows:
+        start, end, first = window
+        same = batch and (end - start, end - first) == (batch[0][1] - batch[0][0], batch[0][1] - batch[0][2])
+        if batch and (not same or (len(batch) + 1) * (end - start) > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def scoring_batch_tokens(hp: Hyperparameters, world: World) -> int:
+    """Tokens per scoring batch and rank; small ones keep a CPU's caches warm (1.7x from 32 to 4 windows of 2,048)."""
+    return max(hp.eval_seq_len, min(hp.val_batch_size // world.size, 131072 if world.device.type == "cuda" else 4096))
+
+
+class Progress:
+    """A log line now and then with the running score, the speed and the time left."""
+
+    def __init__(self, log: RunLog, name: str, total: int, every: float = 15.0):
+        self.log, self.name, self.total, self.every = log, name, total, every
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, done: int, score: Score, extra: str = "") -> None:
+        """`done` of `total` positions are scored."""
+        elapsed = time.perf_counter() - self.start
+        if time.perf_counter() - self.last > self.every and 0 < done < self.total:
+            self.last = time.perf_counter()
+            self.log(f"{self.name} positions:{done}/{self.total} val_bpb:{score.val_bpb:.4f} "
+                     f"tokens/s:{done / elapsed:.0f} left:{elapsed / done * (self.total - done):.0f}s{extra}")
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tuple[int, int, int]], world: World,
+             batch_tokens: int = 4096, temperature: float = 1.0, score_fn: Callable = token_losses,
+             nll: Tensor | None = None, progress: Progress | None = None) -> Score:
+    """Score windows exactly once, split over ranks.
+
+    tokens       (positions + 1,) int32 on any device; byte_counts (positions,) int, bytes of each target
+    windows      from sliding_windows, or a part of them
+    batch_tokens tokens per forward pass and rank; the result does not depend on it, nor on the number of ranks
+    score_fn     token_losses or its compiled form
+    nll          (positions,) float32 on the CPU: receives this rank's losses, for audits
+    Returns the same Score on every rank; sums are float64.
+    """
+    mine = world.shard(len(windows))
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for batch in window_batches(windows[mine.start: mine.stop], batch_tokens):
+        starts = torch.tensor([start for start, _, _ in batch], device=tokens.device)
+        length, scored = batch[0][1] - batch[0][0], batch[0][1] - batch[0][2]
+        index = starts.unsqueeze(1) + torch.arange(length + 1, device=tokens.device)
+        text = tokens[index].to(world.device, torch.int64, non_blocking=True)
+        with world.autocast():
+            losses = score_fn(model, text[:, :-1], text[:, 1:], scored, temperature)
+        where = index[:, length - scored: length].to(byte_counts.device)
+        total[0] += losses.double().sum()
+        total[1] += losses.numel()
+        total[2] += byte_counts[where].sum().to(world.device)
+        if nll is not None:
+            nll[where.cpu()] = losses.float().cpu()
+        if progress:
+            progress(batch[-1][1] - windows[mine.start][2], Score(total[0].item(), 1, int(total[2].item())))
+    nats, positions, count = world.sum_(total).tolist()
+    return Score(nats, int(positions), int(count))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7 Optimisers
+#
+# All parameters live in one vector and all gradients in another, sorted so that equal shapes lie side by side.
+# Averaging, clipping, reducing over ranks and restoring are then one operation each, and a stack of equal
+# matrices is a view. Muon takes the matrices, AdamW the rest.
+
+class FlatParameters:
+    """A model's parameters and gradients as two fp32 vectors; each parameter becomes a view.
+
+    The gradient vector ends in a few spare slots that ride along with the reduction over ranks.
+    """
+
+    SLOTS = 4
+
+    def __init__(self, model: nn.Module):
+        self.parameters = dict(sorted(model.named_parameters(), key=lambda item: (tuple(item[1].shape), item[0])))
+        self.offsets, total = {}, 0
+        for name, p in self.parameters.items():
+            self.offsets[name], total = total, total + -(-p.numel() // 16) * 16  # keep every view 64-byte aligned
+        device = next(iter(self.parameters.values())).device
+        self.weights = torch.zeros(total, device=device)
+        self.reduced = torch.zeros(total + self.SLOTS, device=device)
+        self.grads, self.slots = self.reduced[:total], self.reduced[total:]
+        for name, p in self.parameters.items():
+            view = self.view(self.weights, name)
+            view.copy_(p.data)
+            p.data, p.grad = view, self.view(self.grads, name)
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """A parameter's part of a vector, in its shape."""
+        p = self.parameters[name]
+        return vector[self.offsets[name]: self.offsets[name] + p.numel()].view(p.shape)
+
+    def state_dict(self, vector: Tensor) -> dict[str, Tensor]:
+        """Copies of all parameters as they stand in a vector, on the CPU."""
+        return {name: self.view(vector, name).detach().cpu().clone() for name in self.parameters}
+
+    def stacks(self, key_of: Callable[[str], object]) -> list[tuple[object, list[str], Tensor, Tensor]]:
+        """Runs of neighbours with one shape and one key (None: left out): key, names, weights, gradients (k, m, n)."""
+        runs: list[tuple[object, list[str]]] = []
+        for name, p in self.parameters.items():
+            key = key_of(name)
+            if key is None:
+                continue
+            last = runs[-1][1][-1] if runs else None
+            adjacent = last and self.offsets[last] + -(-p.numel() // 16) * 16 == self.offsets[name]
+            if adjacent and runs[-1][0] == key and self.parameters[last].shape == p.shape:
+                runs[-1][1].append(name)
+            else:
+                runs.append((key, [name]))
+        return [(key, names, *(self._stack(vector, names) for vector in (self.weights, self.grads)))
+                for key, names in runs]
+
+    def _stack(self, vector: Tensor, names: list[str]) -> Tensor:
+        m, n = self.parameters[names[0]].shape
+        return vector.as_strided((len(names), m, n), (-(-m * n // 16) * 16, n, 1), self.offsets[names[0]])
+
+
+def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
+    """Push the singular values of G towards 1, keeping its singular vectors: (m, n) or (k, m, n), same shape out.
+
+    Five quintic iterations in bf16. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.bfloat16()
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = G.size(-2) > G.size(-1)
+    X = X.mT if tall else X
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: MomentUm Orthogonalized by Newton-Schulz, for matrices.
+
+    params       2-D parameters; equal shapes are orthogonalised in one batched call
+    lr           scaled by sqrt(max(1, rows / columns))
+    momentum     Nesterov
+    weight_decay decoupled: p <- p (1 - lr weight_decay)
+    row_norm     afterwards give every row length 1 (#601), which cancels the square root
+    world        ranks own disjoint parts of every stack, and its momentum, and share the updates
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 steps: int = 5, row_norm: bool = False, world: World | None = None,
+                 orthogonalise: Callable = newton_schulz):
+        super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.steps, self.row_norm, self.orthogonalise, self.world = steps, row_norm, orthogonalise, world
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon is for matrices; give AdamW the other parameters")
+        self.stacks: list[tuple[dict, list[nn.Parameter], range, int]] = []  # group, matrices, own part, part size
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for stack in shapes.values():
+                part = -(-len(stack) // size)
+                own = range(min(rank * part, len(stack)), min((rank + 1) * part, len(stack)))
+                self.stacks.append((group, stack, own, part))
+        self.buffers = [torch.zeros(part, *stack[0].shape, device=stack[0].device) for _, stack, _, part in self.stacks]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of all parameters that have a gradient in `.grad`."""
+        pending = []
+        for (group, stack, own, part), buffer in zip(self.stacks, self.buffers):
+            grads = torch.zeros_like(buffer)
+            if len(own):
+                torch.stack([stack[i].grad for i in own], out=grads[: len(own)])
+            buffer.mul_(group["momentum"]).add_(grads)
+            update = self.orthogonalise(grads.add_(buffer, alpha=group["momentum"]), self.steps)
+            if self.row_norm:
+                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            if self.world is None or self.world.size == 1:
+                pending.append((group, stack, update, None))
+            else:
+                shared = update.new_empty(part * self.world.size, *update.shape[1:])
+                work = dist.all_gather_into_tensor(shared, update.contiguous(), async_op=True)
+                pending.append((group, stack, shared, work))
+        for group, stack, update, work in pending:
+            if work is not None:
+                work.wait()
+            rows, columns = stack[0].shape
+            scale = 1.0 if self.row_norm else max(1.0, rows / columns) ** 0.5
+            for p, u in zip(stack, update):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+
+    def momentum_buffers(self) -> list[Tensor]:
+        """Every stack's whole momentum on the CPU, the same on any number of ranks; a collective."""
+        whole = []
+        for (_, stack, own, _), buffer in zip(self.stacks, self.buffers):
+            full = buffer.new_zeros(len(stack), *buffer.shape[1:])
+            full[own.start: own.stop] = buffer[: len(own)]
+            whole.append((self.world.sum_(full) if self.world else full).cpu())
+        return whole
+
+    def load_momentum_buffers(self, whole: list[Tensor]) -> None:
+        """Take this rank's part of what momentum_buffers returned."""
+        for (_, _, own, _), buffer, full in zip(self.stacks, self.buffers, whole):
+            buffer[: len(own)] = full[own.start: own.stop].to(buffer.device)
+
+
+class Optimisers:
+    """Muon for the matrices, AdamW for embeddings and for control tensors, under one schedule."""
+
+    def __init__(self, flat: FlatParameters, hp: Hyperparameters, world: World, orthogonalise: Callable):
+        names: dict[str, list[str]] = {"matrix": [], "embed": [], "control": []}
+        for name in flat.parameters:
+            role = role_of(name)
+            names["matrix" if role in ("attn", "mlp", "matrix") else role].append(name)
+        of = lambda kind: [flat.parameters[name] for name in names[kind]]
+        self.hp, self.names, self.flat = hp, names, flat
+        self.muon = Muon(of("matrix"), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_backend_steps,
+                         hp.muon_row_norm, world, orthogonalise)
+        self.adamw = torch.optim.AdamW(
+            [dict(params=of("embed"), lr=hp.tied_embed_lr), dict(params=of("control"), lr=hp.scalar_lr)],
+            betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
+        self.groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.base_lr = [group["lr"] for group in self.groups]
+
+    def step(self, scale: float, momentum: float) -> None:
+        """Update all weights with every learning rate times `scale`."""
+        for group, lr in zip(self.groups, self.base_lr):
+            group["lr"] = lr * scale
+        self.muon.param_groups[0]["momentum"] = momentum
+        self.muon.step()
+        self.adamw.step()
+
+    def reset(self) -> None:
+        """Forget all moments, as before the first step."""
+        for buffer in self.muon.buffers:
+            buffer.zero_()
+        self.adamw.state.clear()
+
+    def describe(self) -> Iterator[str]:
+        """One log line per group, which together hold every parameter."""
+        decays = {"matrix": self.hp.muon_wd}
+        for (kind, names), lr in zip(self.names.items(), self.base_lr):
+            count = sum(self.flat.parameters[name].numel() for name in names)
+            yield (f"optimiser group:{kind} method:{'muon' if kind == 'matrix' else 'adamw'} tensors:{len(names)} "
+                   f"params:{count} lr:{lr} weight_decay:{decays.get(kind, self.hp.adam_wd)}")
+
+
+def lr_scale(hp: Hyperparameters, step: int, elapsed: float = 0.0, reserve: float = 0.0) -> float:
+    """The learning rate at a step as a share of its base: 1, then linearly to 0.
+
+    elapsed   training seconds so far; reserve  seconds of the clock that quantisation needs.
+    With a wall clock the warmdown takes as long as warmdown_iters steps have taken on average; without one it is
+    the last warmdown_iters steps.
+    """
+    if hp.max_wallclock_seconds and step and elapsed:
+        warmdown = hp.warmdown_iters * elapsed / step
+        left = max(hp.max_wallclock_seconds - reserve - elapsed, 0.0)
+        by_clock = left / warmdown if left < warmdown else 1.0
+    else:
+        by_clock = 1.0
+    if hp.max_wallclock_seconds or not hp.warmdown_iters:
+        return by_clock
+    return min(1.0, max(hp.iterations - step, 0) / hp.warmdown_iters)
+
+
+def muon_momentum(hp: Hyperparameters, step: int) -> float:
+    """Muon's momentum at a step: a linear warm-up."""
+    share = min(step / hp.muon_momentum_warmup_steps, 1.0) if hp.muon_momentum_warmup_steps else 1.0
+    return hp.muon_momentum_warmup_start + (hp.muon_momentum - hp.muon_momentum_warmup_start) * share
+
+
+def clip_gradients(grads: Tensor, limit: float) -> None:
+    """Scale the gradient vector down to the norm `limit`, without a host synchronisation."""
+    if limit:
+        grads.mul_((limit / (grads.norm() + 1e-6)).clamp(max=1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8 Averaging
+#
+# The average of late weights is better than the last weights. Both averages are fp32 vectors.
+
+class EMA:
+    """Exponential moving average from the first step on, without bias correction."""
+
+    def __init__(self, tensor: Tensor, decay: float):
+        self.average, self.decay = tensor.detach().float().clone(), decay
+
+    def update(self, tensor: Tensor) -> None:
+        """average <- decay average + (1 - decay) tensor."""
+        self.average.lerp_(tensor.detach(), 1 - self.decay)
+
+
+class SWA:
+    """Stochastic weight averaging: the plain mean of the snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
+
+    def __init__(self):
+        self.average: Tensor | None = None
+        self.count = 0
+
+    def update(self, tensor: Tensor) -> None:
+        """Add a snapshot."""
+        self.count += 1
+        if self.average is None:
+            self.average = tensor.detach().float().clone()
+        else:
+            self.average.lerp_(tensor.detach(), 1 / self.count)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9 QAT
+#
+# Around a step's forward and backward passes every quantised matrix holds its fake-quantised value; afterwards
+# its gradient is multiplied by the derivative of the rounding and the weight restored. The compiled model never
+# knows: a flag inside the graph is folded away by the compiler, which is how #606, #545 and #576 trained without
+# the QAT that they logged (#315).
+
+def matrix_max_codes(hp: Hyperparameters, names: Iterable[str]) -> dict[str, int]:
+    """The largest code of every matrix that is quantised, by role."""
+    bits = {"attn": hp.attn_bits, "mlp": hp.mlp_bits}
+    codes = {}
+    for name in names:
+        if (role := role_of(name)) in bits:
+            late = int(name.split(".")[1]) >= hp.num_layers - hp.int6_last_n
+            codes[name] = max_code_of(6 if late else bits[role])
+    return codes
+
+
+def qat_active(hp: Hyperparameters, scale: float) -> bool:
+    """Whether a step with this learning-rate scale is fake-quantised."""
+    return hp.qat_enabled or hp.late_qat and scale < hp.late_qat_threshold
+
+
+def soft_round_alpha(hp: Hyperparameters, scale: float) -> float:
+    """Sharpness of the soft rounding: 1 at the threshold, soft_round_alpha at the end."""
+    return 1 + (hp.soft_round_alpha - 1) * max(0.0, 1 - scale / hp.late_qat_threshold)
+
+
+class FakeQuantizer:
+    """Puts weights on the export grid for the forward and backward passes of a step, and takes them off again.
+
+    The grid is row_scales with the rate multiplier, from the weights of each step.
+    """
+
+    def __init__(self, flat: FlatParameters, max_codes: Mapping[str, int], multiplier: float = 1.0):
+        self.stacks = flat.stacks(max_codes.get)
+        self.kept = [torch.empty_like(weights) for _, _, weights, _ in self.stacks]
+        self.multiplier, self.alpha = multiplier, None
+
+    def _grid_units(self, weights: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
+        scales = storable(row_scales(weights, max_code, self.multiplier)).unsqueeze(-1)
+        return (weights / scales).clamp_(-max_code, max_code), scales
+
+    @torch.no_grad()
+    def quantize(self, alpha: float | None) -> None:
+        """Replace the weights: soft rounding with sharpness alpha, or None for hard rounding."""
+        self.alpha = alpha
+        for (max_code, _, weights, _), kept in zip(self.stacks, self.kept):
+            kept.copy_(weights)
+            y, scales = self._grid_units(weights, max_code)
+            torch.mul(torch.round(y) if alpha is None else soft_round(y, alpha), scales, out=weights)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the weights back bit for bit; straight through, or times the derivative of the soft rounding."""
+        for (max_code, _, weights, grads), kept in zip(self.stacks, self.kept):
+            weights.copy_(kept)
+            if self.alpha is not None:
+                grads.mul_(soft_round_gradient(self._grid_units(weights, max_code)[0], self.alpha))
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Mean distance of the weights to their grid, in steps; 0.25 where nothing draws them there."""
+        total = torch.zeros((), device=self.kept[0].device, dtype=torch.float64)
+        for max_code, _, weights, _ in self.stacks:
+            y, _ = self._grid_units(weights, max_code)
+            total += (y - torch.round(y)).abs().sum(dtype=torch.float64)
+        return total.item() / sum(kept.numel() for kept in self.kept)
+
+
+def code_entropy_bits(histogram: Tensor) -> float:
+    """Bits that an order-0 entropy coder needs for codes with these counts."""
+    counts = histogram[histogram > 0].double()
+    return float((counts * (counts.sum() / counts).log2()).sum())
+
+
+def code_histogram(codes: Tensor, max_code: int) -> Tensor:
+    """How often each code occurs, -max_code first."""
+    return torch.bincount(codes.flatten().int() + max_code, minlength=2 * max_code + 1)
+
+
+# Measured on trained models and on Gaussian codes: zstd's literals against the order-0 entropy (section 12).
+ZSTD_OVER_ENTROPY = 1.007
+HEADER_BYTES = 16_000
+
+
+def forecast_bytes(weights: Mapping[str, Tensor], hp: Hyperparameters, multiplier: float) -> float:
+    """Bytes of the packed model, forecast from the entropy of plainly rounded codes."""
+    max_codes, histograms, total = matrix_max_codes(hp, weights), {}, float(HEADER_BYTES)
+    for name, weight in weights.items():
+        role = role_of(name)
+        max_code = max_codes.get(name, max_code_of(hp.embed_bits) if role == "embed" else 0)
+        if not max_code:
+            total += 2 * weight.numel()
+            continue
+        scales = storable(row_scales(weight, max_code, multiplier if role != "embed" else 1.0))
+        counts = code_histogram(round_to_grid(weight, scales, max_code).codes, max_code)
+        histograms[role, max_code] = histograms.get((role, max_code), 0) + counts
+        total += 2 * scales.numel()
+    return total + sum(code_entropy_bits(h) for h in histograms.values()) / 8 * ZSTD_OVER_ENTROPY
+
+
+def rate_multiplier(weights: Mapping[str, Tensor], hp: Hyperparameters, limit: float, most: float = 6.0) -> float:
+    """The smallest multiplier of all row scales, in 1..most, whose forecast is at most `limit` bytes."""
+    low, high = 1.0, most
+    if forecast_bytes(weights, hp, low) <= limit:
+        return low
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if forecast_bytes(weights, hp, middle) <= limit else (middle, high)
+    return high
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10 Training
+#
+# The loop is below, in full. Its clock starts after the warm-up steps and stops during validation. Nothing in a
+# step waits for the device: loss, clock and stop request travel at the end of the gradient vector, so all ranks
+# read the same numbers, one step late, and take the same decisions.
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use."""
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))),
+                None)
+
+
+def wants_compile(hp: Hyperparameters, world: World, params: int, log: RunLog) -> bool:
+    """COMPILE, or where it is auto: on CUDA always, on a CPU where the run is long enough to earn it back."""
+    if hp.compile != "auto":
+        return hp.compile == "1"
+    if world.device.type == "cpu" and 6.0 * params * hp.iterations * hp.train_batch_tokens < 2e14:
+        return False
+    import importlib.util
+    missing = "C++ compiler" if not cpp_compiler() else \
+        "Triton" if world.device.type == "cuda" and not importlib.util.find_spec("triton") else ""
+    if missing:
+        log(f"compile:off reason:no {missing} found, running eagerly")
+    return not missing
+
+
+def micro_batch(hp: Hyperparameters, world: World, sequences: int) -> int:
+    """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as fit into the device's memory.
+
+    Activations take about 2 (14 D + 3 hidden) bytes per layer and token, fitted to #606's 26.2 GB for 98,304 tokens.
+    """
+    if hp.grad_accum_steps:
+        steps = hp.grad_accum_steps
+    elif world.device.type == "cuda":
+        per_token = 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
+        free = torch.cuda.mem_get_info(world.device)[0] * 0.7
+        steps = math.ceil(sequences * hp.train_seq_len * per_token / free)
+    else:
+        steps = math.ceil(sequences * hp.train_seq_len / 16384)
+    steps = min(max(steps, 1), max(sequences, 1))
+    return max(math.ceil(sequences / steps), 1)
+
+
+class Stopwatch:
+    """A clock that can stand still."""
+
+    def __init__(self, elapsed: float = 0.0):
+        self.before, self.started = elapsed, None
+
+    def start(self) -> None:
+        """Run."""
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self.before, self.started = self.elapsed, None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the clock has run."""
+        return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+
+class Interrupted(Exception):
+    """SIGTERM came; a checkpoint is written."""
+
+
+# What a resumed run may change: nothing that its weights depend on.
+FREE_ON_RESUME = ("run_id", "stages", "artifact", "resume", "device", "compile", "attention", "train_log_every",
+                  "val_loss_every", "val_batch_size", "checkpoint_every", "tensorboard", "grad_accum_steps", "ignored")
+
+
+def settings_that_matter(hp: Hyperparameters) -> dict[str, object]:
+    """The settings that a checkpoint must share with the run that resumes it."""
+    free = lambda name: name in FREE_ON_RESUME or name.startswith(("eval_", "ttt_", "polyak", "use_polyak"))
+    return {key: value for key, value in dataclasses.asdict(hp).items() if not free(key)}
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write checkpoint.pt whole or not at all; the one before it stays as checkpoint.previous.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        os.replace(path, folder / "checkpoint.previous.pt")
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
+    """The newest checkpoint of a run, refused where the settings differ."""
+    paths = [path for name in ("checkpoint.pt", "checkpoint.previous.pt") if (path := folder / name).exists()]
+    if not paths:
+        raise UserError(f"RESUME=1, but {folder} has no checkpoint.pt; start without RESUME, under another RUN_ID")
+    try:
+        state = torch.load(paths[0], map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds on a damaged file
+        raise UserError(f"{paths[0]} cannot be read ({type(error).__name__}); delete it to resume from the one "
+                        f"before it") from None
+    mine = settings_that_matter(hp)
+    differ = [key.upper() for key in mine if state["settings"].get(key) != mine[key]]
+    if differ:
+        raise UserError(f"the checkpoint in {folder} was made with other settings: {', '.join(differ)}; resume with "
+                        f"the same settings or start another RUN_ID")
+    return state
+
+
+@dataclass
+class Trained:
+    """What training hands on: the exported weights and the facts for result.json."""
+
+    weights: dict[str, Tensor]
+    multiplier: float
+    qat: bool
+    facts: dict
+    proofs: dict
+
+
+def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, log: RunLog, budget: Budget,
+          folder: Path, validate: Callable[[Callable], Score], rehearse: Callable[[], float],
+          code_bytes: int) -> Trained:
+    """Train `model` in place and return the averaged weights.
+
+    validate  scores the model as it stands, given a scoring function;  rehearse  times one quantisation and returns
+    the seconds that it takes;  code_bytes  what the script leaves of the artifact's limit.
+    Raises UserError on a non-finite loss, Interrupted after SIGTERM.
+    """
+    params = sum(p.numel() for p in model.parameters())
+    compiling = wants_compile(hp, world, params, log)
+    wrap = torch.compile if compiling else (lambda function, **_: function)
+    step_model = wrap(model, dynamic=False)
+    score_fn = wrap(token_losses, dynamic=False)
+    flat = FlatParameters(model)
+    optimisers = Optimisers(flat, hp, world, wrap(newton_schulz, dynamic=False))
+    for line in optimisers.describe():
+        log(line)
+    qat = FakeQuantizer(flat, matrix_max_codes(hp, flat.parameters))
+    sequences = hp.train_batch_tokens // hp.train_seq_len
+    mine = world.shard(sequences)
+    micro = micro_batch(hp, world, len(mine))
+    log(f"train params:{params} compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{sequences} "
+        f"micro_batch:{micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(mine) / micro)}")
+
+    def load_batch() -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(stream.step(hp.train_batch_tokens, hp.train_seq_len)[mine.start: mine.stop])
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        if world.device.type == "cuda":
+            x, y = (t.pin_memory().to(world.device, non_blocking=True) for t in (x, y))
+        return x, y
+
+    def run_step(batch: tuple[Tensor, Tensor], scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0) -> None:
+        if qat_on:
+            qat.quantize(soft_round_alpha(hp, scale) if hp.soft_round_qat else None)
+        flat.reduced.zero_()
+        for x, y in zip(*(t.split(micro) for t in batch)):
+            with world.autocast():
+                loss = step_model(x, y) * (len(x) / sequences)
+            loss.backward()
+            flat.slots[0] += loss.detach()
+        if qat_on:
+            qat.restore()
+        flat.slots[1].fill_(elapsed)
+        flat.slots[2].fill_(float(stop_requested))
+        world.sum_(flat.reduced)
+        clip_gradients(flat.grads, hp.grad_clip_norm)
+        optimisers.step(scale, momentum)
+
+    # Warm-up: compile everything and fill the allocators, then restore what the steps changed.
+    stop_requested = False
+    initial = flat.weights.clone()
+    with budget.phase("warm-up", counted=False):
+        for i in range(hp.warmup_steps):
+            run_step(load_batch(), 1.0, hp.muon_momentum, qat_on=i == 0 and (hp.late_qat or hp.qat_enabled))
+        flat.weights.copy_(initial)
+        optimisers.reset()
+        stream.position = 0
+    reserve = 0.0
+    if hp.max_wallclock_seconds and "quantize" in hp.stages:
+        with budget.phase("rehearsal", counted=False):
+            reserve = world.max(rehearse()) * 1.15 + 0.5
+            flat.reduced.zero_()
+        log(f"reserve:{reserve:.1f}s for calibration, quantisation and packing, measured")
+        if reserve > hp.max_wallclock_seconds / 2:
+            raise UserError(f"quantisation takes {reserve:.0f}s here, more than half of MAX_WALLCLOCK_SECONDS="
+                            f"{hp.max_wallclock_seconds:.0f}; raise it or lower GPTQ_CALIB_SEQUENCES")
+
+    ema, swa = EMA(flat.weights, hp.ema_decay), SWA()
+    watch, step, losses = Stopwatch(), 0, {}
+    qat_proof: dict[str, float] = {}
+    if hp.resume:
+        state = load_checkpoint(folder, hp)
+        flat.weights.copy_(state["weights"])
+        optimisers.muon.load_momentum_buffers(state["muon"])
+        optimisers.adamw.load_state_dict(state["adamw"])
+        ema.average.copy_(state["ema"])
+        swa.count, swa.average = state["swa_count"], None if state["swa"] is None else state["swa"].to(world.device)
+        stream.position, step, qat.multiplier = state["position"], state["step"], state["multiplier"]
+        watch, qat_proof, losses = Stopwatch(state["elapsed"]), state["qat_proof"], {step - 1: state["loss"]}
+        log(f"resumed step:{step} elapsed:{watch.elapsed:.1f}s")
+    first_step = step
+
+    def checkpoint() -> None:
+        muon = optimisers.muon.momentum_buffers()
+        if world.rank == 0:
+            save_checkpoint(folder, dict(
+                settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, position=stream.position,
+                weights=flat.weights.cpu(), muon=muon, adamw=optimisers.adamw.state_dict(), ema=ema.average.cpu(),
+                swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count,
+                multiplier=qat.multiplier, qat_proof=qat_proof, loss=losses.get(step - 1, 0.0)))
+        log(f"checkpoint step:{step} file:{folder / 'checkpoint.pt'}")
+
+    def request_stop(*_) -> None:
+        nonlocal stop_requested
+        stop_requested = True
+
+    pending: deque[tuple[int, int, Tensor, object, float]] = deque()  # step, finished steps, slots, event, scale
+    lag = 1 if world.device.type == "cuda" else 0
+    clock_at, stopping, last_saved = (step, watch.elapsed), False, None
+
+    def absorb() -> None:
+        """Read the oldest step's loss, clock and stop request."""
+        nonlocal clock_at, stopping
+        at, finished, slots, event, scale = pending.popleft()
+        if event is not None:
+            event.synchronize()
+        loss, clock, stop = slots[:3].tolist()
+        if not math.isfinite(loss):
+            kept = f"the last checkpoint is of step {last_saved}" if last_saved is not None else "no checkpoint was written"
+            raise UserError(f"the loss of step {at + 1} is {loss}; {kept}. Lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+        clock_at = (finished, clock / world.size)
+        stopping |= stop > 0
+        losses[at] = loss
+        elapsed = watch.elapsed
+        log.metric("train", step=at + 1, loss=loss, lr_scale=scale, seconds=round(elapsed, 3))
+        if (at + 1) % hp.train_log_every == 0 or at < 5 or at + 1 == hp.iterations:
+            done = max(at + 1 - (first_step if at >= first_step else 0), 1)
+            pace = (elapsed - started_at) / done
+            left = (hp.iterations - at - 1) * pace
+            if hp.max_wallclock_seconds:
+                left = min(left, max(hp.max_wallclock_seconds - reserve - elapsed, 0.0))
+            log(f"step:{at + 1}/{hp.iterations} train_loss:{loss:.4f} lr_scale:{scale:.4f} time:{elapsed:.1f}s "
+                f"step_avg:{1000 * pace:.1f}ms tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
+
+    previous_handler = signal.signal(signal.SIGTERM, request_stop)
+    started_at = watch.elapsed
+    world.barrier()
+    watch.start()
+    while True:
+        while len(pending) > lag:
+            absorb()
+        # 1. where we are: the clock all ranks agreed on, carried forward to this step
+        finished, clock = clock_at
+        elapsed = clock * step / finished if finished else 0.0
+        per_step = clock / finished if finished else 0.0
+        scale = lr_scale(hp, step, elapsed, reserve)
+        last = step >= hp.iterations or (hp.max_wallclock_seconds and finished
+                                         and elapsed + (1 + lag) * per_step > hp.max_wallclock_seconds - reserve)
+        if stopping:
+            break
+        # 2. validation, with the clock stopped
+        if hp.val_loss_every and step and step % hp.val_loss_every == 0 and not last:
+            world.synchronize()
+            watch.stop()
+            with budget.phase("validation", counted=False):
+                score = validate(score_fn)
+            log(f"step:{step}/{hp.iterations} {score} time:{watch.elapsed:.1f}s")
+            log.metric("validation", step=step, loss=score.val_loss, bpb=score.val_bpb, seconds=watch.elapsed)
+            watch.start()
+        if last:
+            break
+        # 3. the step
+        qat_on = qat_active(hp, scale)
+        if qat_on and not qat_proof:
+            current = {name: flat.view(flat.weights, name) for name in flat.parameters}
+            qat.multiplier = world.max(rate_multiplier(current, hp, hp.artifact_limit - code_bytes))
+            qat_proof = {"first_step": step + 1, "distance_before": qat.distance(), "multiplier": qat.multiplier}
+            log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} kind:{'soft-round' if hp.soft_round_qat else 'straight-through'} "
+                f"matrices:{sum(len(names) for _, names, _, _ in qat.stacks)} multiplier:{qat.multiplier:.4f} "
+                f"grid_distance:{qat_proof['distance_before']:.4f}")
+        run_step(load_batch(), scale, muon_momentum(hp, step), qat_on, watch.elapsed)
+        ema.update(flat.weights)
+        if scale < hp.swa_threshold and (step + 1) % hp.swa_every == 0:
+            swa.update(flat.weights)
+        # 4. the report of this step, read later
+        slots, event = flat.slots.clone(), None
+        if world.device.type == "cuda":
+            slots = torch.empty(flat.SLOTS, pin_memory=True).copy_(flat.slots, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        pending.append((step, step - len(pending), slots, event, scale))
+        step += 1
+        if hp.checkpoint_every and step % hp.checkpoint_every == 0:
+            while pending:
+                absorb()
+            checkpoint()
+            last_saved = step
+    while pending:
+        absorb()
+    world.synchronize()
+    watch.stop()
+    signal.signal(signal.SIGTERM, previous_handler)
+    if stopping:
+        checkpoint()
+        raise Interrupted(f"SIGTERM at step {step}; RESUME=1 RUN_ID={folder.name} continues")
+    seconds = world.max(watch.elapsed)
+    budget.add("train", seconds)
+    steps_done = max(step - first_step, 1)
+    log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{1000 * (seconds - started_at) / steps_done:.2f}ms "
+        f"tokens:{step * hp.train_batch_tokens} peak_memory:{world.peak_memory() / 2**20:.0f}MiB")
+
+    with budget.phase("average"):
+        chosen, compared = choose_average(hp, model, flat, ema, swa, stream.held_out, world)
+        raw = flat.weights.clone()
+        averages = {"ema": ema.average, "swa": swa.average, "none": raw}
+        exported = averages[chosen] if averages[chosen] is not None else raw
+        flat.weights.copy_(exported)
+    proofs = {"averaging": {"exported": chosen, "held_out_loss": compared, "swa_snapshots": swa.count,
+                            "distance_from_raw": ((exported - raw).norm() / raw.norm()).item()}}
+    log(f"averaging exported:{chosen} distance_from_raw:{proofs['averaging']['distance_from_raw']:.5f} "
+        f"snapshots:{swa.count} held_out_loss:{json.dumps(compared)}")
+    with budget.phase("proofs"):
+        rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        with torch.no_grad(), world.autocast():
+            proofs["techniques"] = technique_proofs(model, x, y)
+            if qat_proof:
+                loss = model(x, y).item()
+                qat_proof["distance_averaged"] = qat.distance()
+                qat.quantize(None)
+                qat_proof |= {"loss": loss, "loss_rounded": model(x, y).item()}
+                qat.restore()
+                flat.weights.copy_(raw)
+                qat_proof["distance_after"] = qat.distance()
+                flat.weights.copy_(exported)
+                flat.reduced.zero_()
+    proofs["qat"] = qat_proof or None
+    for name, proof in proofs["techniques"].items():
+        log(f"proof technique:{name} " + " ".join(f"{key}:{value:.4f}" for key, value in proof.items()))
+    if qat_proof:
+        log("proof technique:qat " + " ".join(f"{key}:{value:.4f}" for key, value in qat_proof.items()))
+    facts = {"params": params, "steps": step, "train_seconds": seconds, "tokens_seen": step * hp.train_batch_tokens,
+             "step_ms": 1000 * (seconds - started_at) / steps_done, "last_train_loss": losses.get(step - 1),
+             "compiled": compiling, "peak_memory": world.peak_memory(), "reserve_seconds": reserve}
+    for p in flat.parameters.values():
+        p.grad = None
+    return Trained(flat.state_dict(exported), qat.multiplier, bool(qat_proof), facts, proofs)
+
+
+def choose_average(hp: Hyperparameters, model: GPT, flat: FlatParameters, ema: EMA, swa: SWA, held_out: np.ndarray,
+                   world: World) -> tuple[str, dict[str, float]]:
+    """The average to export and, with AVERAGING=best, each one's loss on held-out training tokens."""
+    if hp.averaging != "best":
+        if hp.averaging == "swa" and swa.average is None:
+            return "none", {}
+        return hp.averaging, {}
+    seq_len = min(hp.train_seq_len, len(held_out) - 1)
+    tokens = torch.from_numpy(held_out.astype(np.int32))
+    windows = sliding_windows((len(tokens) - 1) // seq_len * seq_len, seq_len, seq_len)
+    losses = {}
+    kept = flat.weights.clone()
+    for name, average in (("ema", ema.average), ("swa", swa.average), ("none", kept)):
+        if average is not None:
+            flat.weights.copy_(average)
+            losses[name] = evaluate(model, tokens, torch.zeros(len(tokens) - 1, dtype=torch.int32), windows, world,
+                                    scoring_batch_tokens(hp, world)).val_loss
+    flat.weights.copy_(kept)
+    return min(losses, key=losses.get), losses
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11 GPTQ
+#
+# Each matrix is rounded column by column, and every column's error is moved onto the columns that are not rounded
+# yet, weighted by the Hessian of the layer's output error, H = mean x xT over training tokens. Everything here
+# touches training data, so it runs inside the training clock (#606 was closed because it did not).
+
+@torch.no_grad()
+def collect_hessians(model: GPT, sequences: np.ndarray, world: World, batch_tokens: int = 16384) -> dict[str, Tensor]:
+    """Mean x xT of the inputs of every block matrix, (in, in) float32, over sequences (N, T); summed over ranks.
+
+    c_q, c_k and c_v read the same input and share one tensor.
+    """
+    hessians: dict[str, Tensor] = {}
+    readers: list[tuple[nn.Module, list[str]]] = []
+    for i, block in enumerate(model.blocks):
+        readers += [(block.attn.c_q, [f"blocks.{i}.attn.c_{kind}.weight" for kind in "qkv"]),
+                    (block.attn.proj, [f"blocks.{i}.attn.proj.weight"]),
+                    (block.mlp.fc, [f"blocks.{i}.mlp.fc.weight"]), (block.mlp.proj, [f"blocks.{i}.mlp.proj.weight"])]
+
+    def accumulate(hessian: Tensor) -> Callable:
+        def hook(_module, inputs):
+            x = inputs[0].flatten(0, -2).float()
+            hessian.addmm_(x.mT, x)
+        return hook
+
+    hooks = []
+    for module, names in readers:
+        hessian = torch.zeros(module.in_features, module.in_features, device=world.device)
+        hessians.update(dict.fromkeys(names, hessian))
+        hooks.append(module.register_forward_pre_hook(accumulate(hessian)))
+    mine = world.shard(len(sequences))
+    for part in torch.from_numpy(sequences[mine.start: mine.stop]).split(max(batch_tokens // sequences.shape[1], 1)):
+        with world.autocast():
+            model.hidden(part.to(world.device))
+    for hook in hooks:
+        hook.remove()
+    for _, names in readers:
+        world.sum_(hessians[names[0]]).div_(sequences.size)
+    return hessians
+
+
+def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; (k, n, n), the dtype of H.
+
+    With H = R RT for an upper triangular R (the Cholesky factor of H read backwards), U is the inverse of R: one
+    factorisation where the paper takes three. What fails in float32 is tried in float64, then with more damping.
+    """
+    n = hessian.size(-1)
+    eye = torch.eye(n, dtype=hessian.dtype, device=hessian.device)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
+    damped = hessian + damp * mean * eye
+    factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+    extra = 0.0
+    while failed.any():
+        bad = failed.nonzero().flatten()
+        double = (damped[bad].double() + extra * mean[bad].double() * eye.double()).flip(-2, -1)
+        again, still = torch.linalg.cholesky_ex(double)
+        factor[bad], failed[bad] = again.to(factor.dtype), still
+        extra = max(10 * extra, 0.01)
+    return torch.linalg.solve_triangular(factor.flip(-2, -1), eye.expand_as(hessian), upper=True)
+
+
+def search_scales(weight: Tensor, hessian: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
+    """Per row, the clip with the least Hessian-weighted rounding error; (k, out, in), (k, in, in) -> (k, out)."""
+    full = row_scales(weight, max_code, multiplier)
+    best, best_error = full, torch.full_like(full, math.inf)
+    for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54):
+        scales = storable(full * share)
+        error = weight - round_to_grid(weight, scales, max_code).dequantize()
+        weighted = ((error @ hessian) * error).sum(-1)
+        best, best_error = torch.where(weighted < best_error, scales, best), torch.minimum(weighted, best_error)
+    return best
+
+
+def lite_scales(weight: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
+    """Per row, the best of five clip percentiles by plain squared error (the submissions' GPTQ-lite)."""
+    magnitude = weight.abs().sort(dim=-1).values
+    best, best_error = None, None
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = magnitude[..., round(share * (weight.size(-1) - 1))]
+        scales = storable((clip * (multiplier / max_code)).clamp_min(SCALE_FLOOR))
+        error = (weight - round_to_grid(weight, scales, max_code).dequantize()).square().sum(-1)
+        if best is None:
+            best, best_error = scales, error
+        best, best_error = torch.where(error < best_error, scales, best), torch.minimum(error, best_error)
+    return best
+
+
+LEAF = 32  # columns that are rounded one by one before their error goes on in one matrix product
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01, scales: Tensor | None = None,
+         multiplier: float = 1.0) -> QuantizedTensor:
+    """Round a weight column by column, moving each column's error onto the columns not yet rounded.
+
+    weight   (out, in) float; hessian (in, in) float32, mean of x xT over the calibration tokens; both may have a
+             leading batch dimension, and neither is changed
+    scales   (out,): the step of each row; None: searched by Hessian-weighted error
+    Returns int8 codes (out, in) within +-max_code and one float scale per row.
+    Raises ValueError on mismatched shapes or non-finite input.
+    Frantar et al. 2023, algorithm 1, arXiv:2210.17323, in descending order of the diagonal; the lazy updates are
+    halved recursively instead of in blocks of 128, which keeps the column loop in cache.
+    """
+    if weight.ndim == 2:
+        one = gptq(weight[None], hessian[None], max_code, damp, None if scales is None else scales[None], multiplier)
+        return QuantizedTensor(one.codes[0], one.scales[0], max_code)
+    k, out, n = weight.shape
+    if hessian.shape != (k, n, n) or scales is not None and scales.shape != (k, out):
+        raise ValueError(f"weight {tuple(weight.shape)} needs a hessian ({k}, {n}, {n}) and scales ({k}, {out}), "
+                         f"got {tuple(hessian.shape)}" + ("" if scales is None else f" and {tuple(scales.shape)}"))
+    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
+        raise ValueError("weight and hessian must be finite")
+    weight, hessian = weight.float(), hessian.float()
+    scales = storable(search_scales(weight, hessian, max_code, multiplier) if scales is None else scales)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    by_row, by_column = order.unsqueeze(-1).expand(k, n, n), order.unsqueeze(1).expand(k, n, n)
+    ordered = hessian.gather(1, by_row).gather(2, by_column)
+    dead = ordered.diagonal(dim1=-2, dim2=-1) <= 0  # inputs that never fire: their weights do not matter
+    ordered.diagonal(dim1=-2, dim2=-1).masked_fill_(dead, 1.0)
+    U = inverse_cholesky(ordered, damp)
+    # Transposed, so that a column of the weight is contiguous.
+    W = weight.mT.gather(1, order.unsqueeze(-1).expand(k, n, out)).masked_fill_(dead.unsqueeze(-1), 0.0)
+    Q, E = torch.empty_like(W), torch.empty_like(W)
+
+    def solve(low: int, high: int) -> None:
+        if high - low > LEAF:
+            middle = (low + high) // 2
+            solve(low, middle)
+            W[:, middle:high].baddbmm_(U[:, low:middle, middle:high].mT, E[:, low:middle], alpha=-1)
+            solve(middle, high)
+            return
+        for j in range(low, high):
+            Q[:, j] = torch.round(W[:, j] / scales).clamp_(-max_code, max_code)
+            E[:, j] = (W[:, j] - Q[:, j] * scales) / U[:, j, j, None]
+            if j + 1 < high:
+                W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
+
+    solve(0, n)
+    codes = torch.empty_like(Q).scatter_(1, order.unsqueeze(-1).expand(k, n, out), Q)
+    return QuantizedTensor(codes.mT.to(torch.int8).contiguous(), scales, max_code)
+
+
+def weighted_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """trace(E H ET) of each matrix of a stack: the mean squared error of the layer's output."""
+    error = rounded - weight
+    return ((error @ hessian) * error).sum((-2, -1))
+
+
+def prune_smallest(weight: Tensor, share: float) -> Tensor:
+    """Zero the given share of a tensor's entries, the smallest by magnitude."""
+    count = int(share * weight.numel())
+    if not count:
+        return weight
+    threshold = weight.abs().flatten().kthvalue(count).values
+    return weight.masked_fill(weight.abs() <= threshold, 0.0)
+
+
+@torch.no_grad()
+def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], hp: Hyperparameters, world: World,
+                   multiplier: float = 1.0, trained_grid: bool = False) -> tuple[dict[str, QuantizedTensor | Tensor], dict]:
+    """Quantise a state dict by role: block matrices by QUANTIZER, embeddings by plain rounding, the rest to fp16.
+
+    multiplier    of all matrix scales, see row_scales
+    trained_grid  QAT ran: keep its rule for the scales instead of searching
+    Ranks split the matrices of each shape between them. Returns the tensors, on the CPU, and per role the
+    Hessian-weighted error of plain rounding and of the result, with the rows on the scale floor.
+    """
+    max_codes = matrix_max_codes(hp, weights)
+    if not max_codes:
+        raise ValueError("there is no matrix to quantise")
+    groups: dict[tuple, list[str]] = {}
+    for name, max_code in max_codes.items():
+        groups.setdefault((tuple(weights[name].shape), max_code), []).append(name)
+    done: dict[str, QuantizedTensor | Tensor] = {}
+    report = {role: {"matrices": 0, "error_rounding": 0.0, "error": 0.0, "floored_rows": 0} for role in ("attn", "mlp")}
+    report["matrices"] = {}
+    for (shape, max_code), names in groups.items():
+        mine = world.shard(len(names))
+        codes = torch.zeros(len(names), *shape, dtype=torch.int8, device=world.device)
+        scales = torch.zeros(len(names), shape[0], device=world.device)
+        errors = torch.zeros(2, len(names), dtype=torch.float64, device=world.device)
+        if len(mine):
+            own = slice(mine.start, mine.stop)
+            W = torch.stack([prune_smallest(weights[name].to(world.device).float(), hp.prune_pct) for name in names[own]])
+            H = torch.stack([hessians[name] for name in names[own]])
+            cheap = storable(row_scales(W, max_code, multiplier))
+            plain = round_to_grid(W, cheap, max_code)
+            if hp.quantizer == "gptq":
+                q = gptq(W, H, max_code, hp.gptq_damp, cheap if trained_grid else None, multiplier)
+            elif hp.quantizer == "gptq_lite":
+                q = round_to_grid(W, lite_scales(W, max_code, multiplier), max_code)
+            else:
+                q = plain
+            codes[own], scales[own] = q.codes, q.scales
+            errors[0, own] = weighted_error(W, plain.dequantize(), H).double()
+            errors[1, own] = weighted_error(W, q.dequantize(), H).double()
+        for part in (codes, scales, errors):
+            world.sum_(part)
+        for i, name in enumerate(names):
+            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code)
+            role = report[role_of(name)]
+            role["matrices"] += 1
+            role["error_rounding"] += errors[0, i].item()
+            role["error"] += errors[1, i].item()
+            role["floored_rows"] += int((scales[i] <= SCALE_FLOOR).sum())
+            report["matrices"][name] = [errors[0, i].item(), errors[1, i].item()]
+    for name, weight in weights.items():
+        if role_of(name) == "embed":
+            pruned = prune_smallest(weight.float().cpu(), hp.prune_pct)
+            max_code = max_code_of(hp.embed_bits)
+            done[name] = round_to_grid(pruned, storable(row_scales(pruned, max_code)), max_code)
+        elif name not in done:
+            done[name] = weight.cpu().half()
+    return done, report
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 12 Packing
+#
+# One file holds everything that is needed to rebuild the model: a fixed prefix, a JSON header, zstd frames of codes
+# and of raw tensors, and the SHA-256 of all of it. No pickle; nothing in the file is executed. Codes of one role
+# and one width share a frame: their statistics are alike. zstd gets them as literals: matches in near-Gaussian codes
+# cost more than they save.
+
+MAGIC, FORMAT_VERSION = b"PGOLFGPT", 1
+PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
+MOST_HEADER_BYTES, MOST_BYTES = 1 << 24, 1 << 31
+RAW_DTYPES = {str(dtype)[6:]: dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
+
+
+def compress(data: bytes, level: int, literals: bool) -> bytes:
+    """One zstd frame with its content size; `literals` turns the search for matches off, as far as zstd can."""
+    options = dict(strategy=zstandard.STRATEGY_FAST, min_match=7) if literals else {}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data), **options)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def decompress(data: bytes, size: int) -> bytes:
+    """The content of one zstd frame of exactly `size` bytes; ValueError on anything else."""
+    try:
+        if zstandard.frame_content_size(data) != size:
+            raise UserError("damaged artifact: a frame does not hold what the header says")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False) if size else b""
+    except zstandard.ZstdError as error:
+        raise UserError(f"damaged artifact: {error}") from None
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's elements in row order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def bytes_tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """The tensor that tensor_bytes was given."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def pack(config: dict, tensors: Mapping[str, QuantizedTensor | Tensor], level: int = 22) -> bytes:
+    """Config (any JSON dict) and tensors as one self-contained file; scales are stored as fp16.
+
+    Raises ValueError for what the format cannot hold. The same input gives the same bytes.
+    """
+    sections: dict[str, list[bytes]] = {}
+    entries = []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, QuantizedTensor):
+            codes = tensor.codes.cpu()
+            if not 1 <= tensor.max_code <= 127 or codes.numel() and codes.abs().max() > tensor.max_code:
+                raise ValueError(f"{name}: codes must lie within +-max_code, and max_code within 1..127")
+            scales = tensor.scales.detach().cpu().half()
+            if tuple(scales.shape) != tuple(codes.shape[:-1]) or not torch.isfinite(scales).all():
+                raise ValueError(f"{name}: needs one finite scale per row that fp16 can hold")
+            section = f"{role_of(name)}.{tensor.max_code}"
+            sections.setdefault(section, []).append(tensor_bytes((codes.to(torch.int16) + tensor.max_code).to(torch.uint8)))
+            sections.setdefault("scales", []).append(tensor_bytes(scales))
+            entries.append([name, "codes", list(codes.shape), section, tensor.max_code])
+        else:
+            dtype = str(tensor.dtype)[6:]
+            if dtype not in RAW_DTYPES:
+                raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be packed")
+            sections.setdefault(f"raw.{dtype}", []).append(tensor_bytes(tensor))
+            entries.append([name, dtype, list(tensor.shape), f"raw.{dtype}", 0])
+    plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
+    if sum(map(len, plain.values())) > MOST_BYTES:
+        raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
+    packed = {key: compress(data, level, literals=not key.startswith("raw")) for key, data in plain.items()}
+    header = json.dumps({"config": config, "tensors": entries,
+                         "sections": [[key, len(packed[key]), len(plain[key])] for key in plain]},
+                        separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
+    small = compress(header, level, literals=False)
+    body = b"".join([PREFIX.pack(MAGIC, FORMAT_VERSION, len(small), len(header)), small, *packed.values()])
+    return body + hashlib.sha256(body).digest()
+
+
+def unpack(blob: bytes) -> tuple[dict, dict[str, QuantizedTensor | Tensor]]:
+    """The config and tensors that `pack` was given; executes nothing from the file.
+
+    Raises ValueError on any damage, on a trailing byte, and on a header that claims more than the file can hold.
+    """
+    if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
+        raise UserError("not an artifact of this script, or a truncated one")
+    _, version, small, size = PREFIX.unpack_from(blob)
+    if version != FORMAT_VERSION:
+        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise UserError("damaged artifact: its checksum does not match its content")
+    if size > MOST_HEADER_BYTES or PREFIX.size + small + 32 > len(blob):
+        raise UserError("damaged artifact: impossible header size")
+    try:
+        header = json.loads(decompress(blob[PREFIX.size: PREFIX.size + small], size))
+        return header["config"], _unpack_tensors(header, memoryview(blob)[PREFIX.size + small: -32])
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError,
+            json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
+
+
+def _unpack_tensors(header: dict, payload: memoryview) -> dict[str, QuantizedTensor | Tensor]:
+    """Check every size that the header claims against the others, then take the memory."""
+    needed: dict[str, int] = {}
+    for _, kind, shape, section, max_code in header["tensors"]:
+        if any(not isinstance(n, int) or not 0 <= n <= MOST_BYTES for n in shape) or math.prod(shape) > MOST_BYTES:
+            raise UserError("damaged artifact: impossible tensor shape")
+        width = 1 if kind == "codes" else RAW_DTYPES[kind].itemsize
+        needed[section] = needed.get(section, 0) + math.prod(shape) * width
+        if kind == "codes":
+            needed["scales"] = needed.get("scales", 0) + 2 * math.prod(shape[:-1])
+    claimed = {key: plain for key, _, plain in header["sections"]}
+    if claimed != needed or sum(needed.values()) > MOST_BYTES \
+            or sum(packed for _, packed, _ in header["sections"]) != len(payload):
+        raise UserError("damaged artifact: sections and tensors do not add up")
+    plain, at, taken = {}, 0, dict.fromkeys(needed, 0)
+    for key, packed, size in header["sections"]:
+        plain[key] = decompress(bytes(payload[at: at + packed]), size)
+        at += packed
+
+    def take(section: str, count: int) -> bytes:
+        start = taken[section]
+        taken[section] = start + count
+        return plain[section][start: start + count]
+
+    tensors: dict[str, QuantizedTensor | Tensor] = {}
+    for name, kind, shape, section, max_code in header["tensors"]:
+        if kind == "codes":
+            codes = bytes_tensor(take(section, math.prod(shape)), torch.uint8, shape).to(torch.int16) - max_code
+            if codes.numel() and codes.max() > max_code or not 1 <= max_code <= 127:
+                raise UserError("damaged artifact: a code is off its grid")
+            scales = bytes_tensor(take("scales", 2 * math.prod(shape[:-1])), torch.float16, shape[:-1])
+            tensors[name] = QuantizedTensor(codes.to(torch.int8), scales.float(), max_code)
+        else:
+            width = RAW_DTYPES[kind].itemsize
+            tensors[name] = bytes_tensor(take(section, math.prod(shape) * width), RAW_DTYPES[kind], shape)
+    return tensors
+
+
+def byte_report(blob: bytes, tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict:
+    """Packed bytes by section, and the order-0 entropy that the codes of each could reach."""
+    _, _, small, size = PREFIX.unpack_from(blob)
+    header = json.loads(decompress(blob[PREFIX.size: PREFIX.size + small], size))
+    histograms: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            key = f"{role_of(name)}.{tensor.max_code}"
+            histograms[key] = histograms.get(key, 0) + code_histogram(tensor.codes, tensor.max_code)
+    report = {"header": {"bytes": PREFIX.size + small + 32}}
+    for key, packed, plain in header["sections"]:
+        report[key] = {"bytes": packed, "plain_bytes": plain}
+        if key in histograms:
+            report[key]["entropy_bytes"] = code_entropy_bits(histograms[key]) / 8
+    return report
+
+
+def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
+    """What the artifact says of itself: the settings that rebuild the model, and where it comes from."""
+    return {"model": {name: getattr(hp, name) for name in MODEL_SETTINGS}, "facts": facts}
+
+
+def rungs(hp: Hyperparameters) -> Iterator[tuple[str, Hyperparameters]]:
+    """The ladder below the rate multiplier: what is given up, step by step, when the artifact does not fit."""
+    yield "rate", hp
+    for share in (0.1, 0.3):
+        if hp.prune_pct < share:
+            hp = dataclasses.replace(hp, prune_pct=share)
+            yield f"prune:{share}", hp
+    for bits in (6, 5, 4):
+        if hp.embed_bits > bits:
+            hp = dataclasses.replace(hp, embed_bits=bits)
+            yield f"embed_bits:{bits}", hp
+    while max(hp.mlp_bits, hp.attn_bits) > 2:
+        hp = dataclasses.replace(hp, mlp_bits=max(hp.mlp_bits - 1, 2), attn_bits=max(hp.attn_bits - 1, 2), int6_last_n=0)
+        yield f"bits:{hp.attn_bits}/{hp.mlp_bits}", hp
+
+
+def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], facts: dict,
+                 world: World, log: RunLog, code_bytes: int, trained_grid: bool) -> tuple[bytes, dict, dict]:
+    """Quantise and pack so that code and model fit under ARTIFACT_LIMIT.
+
+    Returns the file, the error report and the byte report. Raises UserError where nothing fits.
+    """
+    room = hp.artifact_limit - code_bytes
+    for rung, eased in rungs(hp):
+        target = room * 0.9985
+        for _ in range(4):
+            multiplier = rate_multiplier(weights, eased, target)
+            tensors, errors = quantize_model(weights, hessians, eased, world, multiplier, trained_grid)
+            blob = pack(artifact_config(hp, facts), tensors, hp.zstd_level)
+            forecast = forecast_bytes(weights, eased, multiplier)
+            log(f"pack rung:{rung} multiplier:{multiplier:.4f} forecast:{forecast:.0f}B model:{len(blob)}B room:{room}B "
+                f"error:{sum(errors[role]['error'] for role in ('attn', 'mlp')):.6g}")
+            if len(blob) <= room:
+                errors["multiplier"] = multiplier
+                return blob, errors, byte_report(blob, tensors)
+            if forecast > target:
+                break  # the multiplier is at its largest
+            target -= 1.2 * (len(blob) - room) + 0.001 * room
+    raise UserError(f"no rung of the ladder brings {code_bytes}B of code and the model under ARTIFACT_LIMIT="
+                    f"{hp.artifact_limit}; model.pt is kept. Use a smaller model, or fewer BIGRAM_VOCAB_SIZE")
+
+
+def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, Hyperparameters, dict]:
+    """Rebuild the model from the file alone; every other setting is the caller's."""
+    config, tensors = unpack(blob)
+    try:
+        model_settings = {key: tuple(value) if isinstance(value, list) else value for key, value in config["model"].items()}
+        hp = dataclasses.replace(hp, **{key: model_settings[key] for key in MODEL_SETTINGS})
+        if wrong := list(hp.problems()):
+            raise UserError(f"the artifact's settings do not fit this run: {wrong[0]}")
+        with torch.device("meta"):
+            model = GPT(hp)
+        weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float() for name, t in tensors.items()}
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the artifact does not describe a model of this script: {str(error).splitlines()[0]}") from None
+    return model.to(world.device), hp, config.get("facts", {})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 13 Test-time training
+#
+# Score first, train afterwards: a chunk's losses are banked under no-grad, then the model is trained on it, so no
+# token is scored by weights that have seen it. The last chunk is not trained. Accepted form: #461, #549, #1413.
+
+# Substrings of the names of the tensors that are not matrices, as #601 counts them (25,689 parameters there).
+CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "bigram.scale")
+
+
+def ttt_parameters(model: GPT, hp: Hyperparameters) -> dict[str, nn.Parameter]:
+    """What TTT trains, by TTT_PARAMS."""
+    last = tuple(f"blocks.{i}." for i in range(hp.num_layers - hp.ttt_freeze_blocks, hp.num_layers))
+    chosen = {
+        "blocks": lambda name: name.startswith(last) or "scale" in name,
+        "control": lambda name: any(part in name for part in CONTROL_NAMES),
+        "control_qk": lambda name: any(part in name for part in (*CONTROL_NAMES, "c_q.weight", "c_k.weight")),
+        "all": lambda name: True,
+    }[hp.ttt_params]
+    return {name: p for name, p in model.named_parameters() if chosen(name)}
+
+
+def ttt_optimiser(parameters: Mapping[str, nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """AdamW or SGD, with #601's rates per layer where they are asked for."""
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        factor = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5}.get(".".join(name.split(".")[-3:]), 1.0)
+        rates.setdefault(factor if hp.ttt_perlayer_lr else 1.0, []).append(p)
+    groups = [dict(params=params, lr=hp.ttt_lr * factor, base_lr=hp.ttt_lr * factor) for factor, params in rates.items()]
+    if hp.ttt_optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=hp.ttt_momentum)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def ttt_lr_scale(hp: Hyperparameters, chunk: int, chunks: int, step: int, steps: int) -> float:
+    """The TTT learning rate as a share of its base: a cosine over the run's chunks or over each chunk's steps."""
+    if hp.ttt_schedule == "constant":
+        return 1.0
+    share = chunk / max(chunks - 1, 1) if hp.ttt_schedule == "run" else step / steps
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+class ChunkTrainer:
+    """Trains on chunks that are already scored; the global batch and the steps are the same on any number of ranks."""
+
+    def __init__(self, model: GPT, hp: Hyperparameters, world: World):
+        self.model, self.hp, self.world = model, hp, world
+        self.parameters = ttt_parameters(model, hp)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self.parameters)
+        self.optimiser = ttt_optimiser(self.parameters, hp)
+        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.polyak = {name: p.clone() for name, p in self.start.items()} if hp.use_polyak else {}
+        self.steps, self.seq_len = 0, hp.ttt_seq_len or hp.eval_seq_len
+
+    @torch.enable_grad()
+    def train(self, tokens: Tensor, first: int, end: int, chunk: int, chunks: int) -> None:
+        """Train on positions first..end - 1; their last target is token `end`."""
+        hp, world = self.hp, self.world
+        rows = tokens[first: end + 1].to(world.device, torch.int64).unfold(0, self.seq_len + 1, self.seq_len)
+        batches = rows.split(hp.ttt_batch_seqs)
+        total = len(batches) * hp.ttt_epochs
+        for step in range(total):
+            batch = batches[step % len(batches)]
+            mine = world.shard(len(batch))
+            gradients = {p: torch.zeros_like(p) for p in self.parameters.values()}
+            for p in gradients:
+                p.grad = gradients[p]
+            for part in batch[mine.start: mine.stop].split(max(scoring_batch_tokens(hp, world) // self.seq_len, 1)):
+                with world.autocast():
+                    loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+                (loss * (len(part) / len(batch))).backward()
+            if world.grouped:
+                flat = world.sum_(torch.cat([g.flatten() for g in gradients.values()]))
+                for p, summed in zip(gradients, flat.split([p.numel() for p in gradients])):
+                    p.grad.copy_(summed.view_as(p))
+            torch.nn.utils.clip_grad_norm_(gradients.keys(), hp.ttt_grad_clip or math.inf)
+            scale = ttt_lr_scale(hp, chunk, chunks, step, total)
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            self.optimiser.step()
+            self.steps += 1
+            for name, average in self.polyak.items():
+                average.lerp_(self.parameters[name].detach(), 1 - hp.polyak_decay)
+        if not world.same_everywhere(torch.stack([p.detach().double().sum() for p in self.parameters.values()])):
+            raise UserError(f"the ranks' weights differ after TTT chunk {chunk}; the score would not be one model's")
+
+    @contextlib.contextmanager
+    def scoring_weights(self) -> Iterator[None]:
+        """The weights that score: those that are trained, or their Polyak average."""
+        kept = {name: self.parameters[name].detach().clone() for name in self.polyak}
+        with torch.no_grad():
+            for name, average in self.polyak.items():
+                self.parameters[name].copy_(average)
+            yield
+            for name, value in kept.items():
+                self.parameters[name].copy_(value)
+
+    def change(self) -> float:
+        """Distance of the trained weights from where they started, relative to those."""
+        moved = sum((p.detach() - self.start[name]).square().sum() for name, p in self.parameters.items())
+        return math.sqrt(moved / sum(p.square().sum() for p in self.start.values()))
+
+
+def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparameters, world: World, log: RunLog,
+                 seconds: float = math.inf, score_fn: Callable = token_losses, nll: Tensor | None = None) -> tuple[Score, dict]:
+    """Score every position once with sliding windows, training on each chunk after it is scored.
+
+    tokens, byte_counts, score_fn, nll as for `evaluate`; seconds is what is left of the evaluation clock: training
+    stops early enough for scoring to finish inside it. Changes the model. Returns the Score and the proof.
+    """
+    positions = len(tokens) - 1
+    windows = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride)
+    size = hp.ttt_chunk_tokens
+    chunks = -(-positions // size)
+    parts: list[list[tuple[int, int, int]]] = [[] for _ in range(chunks)]
+    for window in windows:  # a window belongs to the chunk of its first scored position
+        parts[window[2] // size].append(window)
+    trainer = ChunkTrainer(model, hp, world)
+    batch_tokens = scoring_batch_tokens(hp, world)
+    log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{sum(p.numel() for p in trainer.parameters.values())} "
+        f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")
+    total, progress = Score(), Progress(log, "ttt", positions)
+    start = time.perf_counter()
+    scoring = training = 0.0
+    untrained_from = None
+    for chunk, part in enumerate(parts):
+        began = time.perf_counter()
+        with trainer.scoring_weights():
+            total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn, nll)
+        scoring += time.perf_counter() - began
+        end = min((chunk + 1) * size, positions)
+        progress(end, total, f" steps:{trainer.steps}")
+        log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=time.perf_counter() - start)
+        if chunk + 1 == chunks:
+            break
+        still_to_score = scoring / (chunk + 1) * (chunks - chunk - 1)
+        one_more = training / max(chunk, 1) if chunk else scoring
+        finish = world.max(time.perf_counter() - start + 1.05 * still_to_score + one_more)
+        if untrained_from is None and finish > seconds:
+            untrained_from = chunk
+            log(f"ttt training stops after chunk {chunk} of {chunks}: with it scoring would end at {finish:.0f}s "
+                f"of {seconds:.0f}s")
+        if untrained_from is None:
+            began = time.perf_counter()
+            trainer.train(tokens, chunk * size, end, chunk, chunks)
+            world.synchronize()
+            training += time.perf_counter() - began
+    if total.positions != positions:
+        raise RuntimeError(f"scored {total.positions} of {positions} positions")
+    proof = {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
+             "weight_change": trainer.change(), "score_seconds": scoring, "train_seconds": training,
+             "parameters": sum(p.numel() for p in trainer.parameters.values())}
+    return total, proof
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 14 Main
+#
+# The pipeline: train, quantise, pack, forget, load, score. Stages hand each other files in the run's folder, so any
+# part can be run alone.
+
+def open_run(hp: Hyperparameters, world: World) -> Path:
+    """The run's folder under logs/, the same on every rank."""
+    stamp = world.broadcast_(torch.tensor(time.time(), dtype=torch.float64, device=world.device)).item()
+    when = datetime.fromtimestamp(stamp).strftime("%Y%m%d-%H%M%S")
+    folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when}")
+    taken = world.max(float((folder / "log.txt").exists()))
+    if "train" in hp.stages and taken and not hp.resume:
+        raise UserError(f"{folder} exists; choose another RUN_ID, or continue it with RESUME=1")
+    if hp.resume and not taken:
+        raise UserError(f"RESUME=1, but there is no run in {folder}; set RUN_ID to the run to continue")
+    return folder
+
+
+def hardware(world: World) -> str:
+    """The machine and the versions, in one line."""
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return (f"device:{world.size}x {name} threads:{torch.get_num_threads()} python:{platform.python_version()} "
+            f"torch:{torch.__version__} numpy:{np.__version__} sentencepiece:{sentencepiece.__version__} "
+            f"zstandard:{zstandard.__version__}")
+
+
+def choose_attention(hp: Hyperparameters, model: GPT, world: World) -> str:
+    """Give every layer the fastest attention kernel at hand; returns its name for the log."""
+    fa3 = flash_attention_3() if hp.attention != "sdpa" and world.device.type == "cuda" and world.dtype == torch.bfloat16 else None
+    if fa3 is None and hp.attention == "fa3":
+        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package; use ATTENTION=auto")
+    for block in model.blocks:
+        block.attn.attend = fa3 or sdpa_attention
+    if fa3:
+        return "flash-attention-3"
+    if world.device.type == "cpu":
+        return "sdpa-cpu-flash"
+    probe = torch.zeros(1, hp.num_heads, 128, hp.model_dim // hp.num_heads, device=world.device, dtype=world.dtype)
+    params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, True, False)
+    return "sdpa-flash" if torch.backends.cuda.can_use_flash_attention(params) else \
+        "sdpa-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "sdpa-math"
+
+
+@dataclass
+class Validation:
+    """The validation split on the device, with the bytes of each target."""
+
+    tokens: Tensor
+    byte_counts: Tensor
+    corpus: str
+
+    @staticmethod
+    def load(hp: Hyperparameters, world: World) -> Validation:
+        """Read and check validation shards and tokenizer. Raises UserError on anything that does not fit."""
+        processor = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+        tokens = validation_tokens(hp.data_path, hp.eval_seq_len)
+        check_ids(read_split(hp.data_path, "val"), hp.vocab_size, world)
+        table = ByteTable(processor)
+        check_byte_table(table, processor, tokens)
+        meta = Path(hp.data_path) / "meta.json"
+        corpus = json.loads(meta.read_text()).get("corpus") if meta.is_file() else None
+        counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # sentencepiece pieces are short
+        return Validation(tokens.to(world.device), counts.to(world.device), corpus or Path(hp.data_path).name)
+
+    def score(self, model: GPT, hp: Hyperparameters, world: World, log: RunLog, stride: int, name: str,
+              score_fn: Callable = token_losses) -> Score:
+        """Score the whole split with windows of EVAL_SEQ_LEN."""
+        positions = len(self.tokens) - 1
+        windows = sliding_windows(positions, hp.eval_seq_len, stride)
+        progress = Progress(log, name, positions // world.size)
+        return evaluate(model, self.tokens, self.byte_counts, windows, world, scoring_batch_tokens(hp, world),
+                        score_fn=score_fn, progress=progress)
+
+
+def read_result(folder: Path) -> dict:
+    """What earlier stages of the run have put down."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
+
+
+def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, result: dict, budget: Budget,
+              validation: Validation, code_bytes: int) -> None:
+    """Train, write model.pt, score the averaged weights."""
+    shards = read_split(hp.data_path, "train")
+    check_ids(shards, hp.vocab_size, world)
+    stream = TokenStream(shards)
+    log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} held_out:{len(stream.held_out)}")
+    model = GPT(hp).to(world.device)
+    log(f"attention:{choose_attention(hp, model, world)}")
+
+    def rehearse() -> float:
+        """Seconds of one calibration and quantisation, extrapolated from a part of the calibration."""
+        share = max(hp.gptq_calib_sequences // 8, world.size)
+        sample = stream.sample(share, hp.train_seq_len, hp.seed)
+        collect_hessians(model, sample, world)  # the first pass fills caches
+        world.synchronize()
+        start = time.perf_counter()
+        hessians = collect_hessians(model, sample, world)
+        world.synchronize()
+        calibrated = time.perf_counter()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        tensors, _ = quantize_model(weights, hessians, hp, world, trained_grid=hp.late_qat)
+        pack({}, tensors, hp.zstd_level)
+        rate_multiplier(weights, hp, hp.artifact_limit - code_bytes)
+        world.synchronize()
+        return (calibrated - start) * hp.gptq_calib_sequences / share + time.perf_counter() - calibrated
+
+    trained = train(hp, model, stream, world, log, budget, folder,
+                    lambda score_fn: validation.score(model, hp, world, log, hp.eval_seq_len, "validation", score_fn),
+                    rehearse, code_bytes)
+    model.load_state_dict(trained.weights)
+    with budget.phase("float", counted=False):
+        score = validation.score(model, hp, world, log, hp.eval_seq_len, "float")
+    log(f"final_float {score}")
+    result |= trained.facts
+    result["bpb"]["float"], result["val_loss"]["float"] = score.val_bpb, score.val_loss
+    result["proofs"] |= trained.proofs
+    result["qat_ran"] = trained.qat
+    if world.rank == 0:
+        buffer = io.BytesIO()
+        torch.save(trained.weights, buffer)
+        write_atomically(folder / "model.pt", buffer.getvalue())
+
+
+def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, result: dict, budget: Budget,
+                 code_bytes: int) -> None:
+    """Calibrate on training tokens, quantise, pack, write artifact.bin."""
+    path = folder / "model.pt"
+    world.barrier()
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run STAGES=train first, under the same RUN_ID")
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model = GPT(hp)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{path} holds another model than the settings describe; use the settings it was trained with") from None
+    model.to(world.device)
+    choose_attention(hp, model, world)
+    with budget.phase("calibrate"):
+        sequences = TokenStream(read_split(hp.data_path, "train")).sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
+        hessians = collect_hessians(model, sequences, world)
+    facts = {key: result.get(key) for key in ("preset", "seed", "steps", "script_sha256", "corpus")}
+    with budget.phase("quantise and pack"):
+        blob, errors, sections = fit_artifact(hp, weights, hessians, facts, world, log, code_bytes, bool(result.get("qat_ran")))
+    for role in ("attn", "mlp"):
+        e = errors[role]
+        log(f"proof technique:{hp.quantizer} role:{role} matrices:{e['matrices']} error:{e['error']:.6g} rounding:{e['error_rounding']:.6g} "
+            f"ratio:{e['error'] / max(e['error_rounding'], 1e-30):.3f} rows_on_floor:{e['floored_rows']}")
+    for name, section in sections.items():
+        log(f"bytes section:{name} " + " ".join(f"{key}:{value:.0f}" for key, value in section.items()))
+    result["proofs"]["quantizer"] = errors
+    result["artifact"] = {"model_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
+                          "limit": hp.artifact_limit, "codec": f"zstd-{hp.zstd_level}", "sections": sections,
+                          "sha256": hashlib.sha256(blob).hexdigest()}
+    if world.rank == 0:
+        write_atomically(folder / "artifact.bin", blob)
+    world.barrier()
+
+
+def run_evaluate(hp: Hyperparameters, world: World, log: RunLog, folder: Path, result: dict, budget: Budget,
+                 validation: Validation, compiling: bool) -> None:
+    """Rebuild the model from the artifact alone and score it."""
+    path = Path(hp.artifact) if hp.artifact else folder / "artifact.bin"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run STAGES=train,quantize first, or set ARTIFACT")
+    with budget.phase("load"):
+        blob = path.read_bytes()
+        model, hp, _ = load_artifact(blob, hp, world)
+        choose_attention(hp, model, world)
+    score_fn = torch.compile(token_losses, dynamic=False) if compiling else token_losses
+
+    def record(name: str, score: Score) -> None:
+        log(f"final_{name} {score}")
+        log.metric("score", name=name, loss=score.val_loss, bpb=score.val_bpb)
+        result["bpb"][name], result["val_loss"][name] = score.val_bpb, score.val_loss
+
+    with budget.phase("roundtrip"):
+        record("roundtrip", validation.score(model, hp, world, log, hp.eval_seq_len, "roundtrip", score_fn))
+    if not hp.skip_sliding:
+        with budget.phase("sliding"):
+            record("sliding", validation.score(model, hp, world, log, hp.eval_stride, "sliding", score_fn))
+    if hp.ttt_enabled:
+        with budget.phase("ttt"):
+            score, proof = evaluate_ttt(model, validation.tokens, validation.byte_counts, hp, world, log,
+                                        hp.eval_seconds - budget.used if hp.eval_seconds else math.inf, score_fn)
+        record("ttt", score)
+        log("proof technique:ttt " + " ".join(f"{key}:{value}" for key, value in proof.items()))
+        result["proofs"]["ttt"] = proof
+    result["val_tokens"] = len(validation.tokens) - 1
+    result["val_bytes"] = int(validation.byte_counts.sum(dtype=torch.int64))
+    result["scored_artifact_sha256"] = hashlib.sha256(blob).hexdigest()
+
+
+def print_budget(log: RunLog, name: str, report: dict) -> None:
+    """One clock as a table."""
+    for phase, seconds in report["counted"].items():
+        log(f"budget clock:{name} phase:{phase} seconds:{seconds:.1f}")
+    for phase, seconds in report["uncounted"].items():
+        log(f"budget clock:{name} phase:{phase} seconds:{seconds:.1f} (not counted)")
+    limit = f"{report['limit']:.0f}s" if report["limit"] else "none"
+    log(f"budget clock:{name} used:{report['used']:.1f}s limit:{limit} within:{'yes' if report['within'] else 'NO'}")
+
+
+def run(hp: Hyperparameters, world: World) -> None:
+    """Every stage that STAGES names, in one folder."""
+    random.seed(hp.seed)
+    np.random.seed(hp.seed)
+    torch.manual_seed(hp.seed)
+    source = Path(__file__).read_bytes()
+    stages = hp.stages.split(",")
+    validation = Validation.load(hp, world)
+    folder = open_run(hp, world)
+    log = RunLog(folder if world.rank == 0 else None, hp.tensorboard)
+    log(source.decode(), console=False)
+    log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}"
+        + (f" ignored:{','.join(hp.ignored)}" if hp.ignored else ""))
+    log(hardware(world))
+    log(f"corpus:{validation.corpus!r} val_positions:{len(validation.tokens) - 1} "
+        f"val_bytes:{int(validation.byte_counts.sum(dtype=torch.int64))}")
+    result = read_result(folder) | {
+        "preset": hp.preset, "seed": hp.seed, "script_sha256": hashlib.sha256(source).hexdigest(),
+        "corpus": validation.corpus, "hardware": hardware(world), "world_size": world.size}
+    result["changed"] = hp.changed() if "train" in stages else result.get("changed", hp.changed())
+    training, evaluation = Budget(world, hp.max_wallclock_seconds), Budget(world, hp.eval_seconds)
+
+    def save() -> None:
+        if world.rank == 0:
+            write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+
+    if "train" in stages:
+        run_train(hp, world, log, folder, result, training, validation, len(source))
+        save()
+    if "quantize" in stages:
+        run_quantize(hp, world, log, folder, result, training, len(source))
+        save()
+    if "evaluate" in stages:
+        compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
+        run_evaluate(hp, world, log, folder, result, evaluation, validation, compiling)
+    for name, budget in (("training", training), ("evaluation", evaluation)):
+        if budget.counted:
+            result["budget"][name] = budget.report()
+            print_budget(log, name, budget.report())
+    for name in ("float", "roundtrip", "sliding", "ttt"):
+        result["bpb"].setdefault(name, None)
+    save()
+    if "artifact" in result:
+        sizes = result["artifact"]
+        log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B total:{sizes['total_bytes']}B limit:{sizes['limit']}B")
+    log(f"files:{folder}")
+
+
+def main() -> int:
+    """The command line: --help, or a run with the settings of the environment; returns the exit status."""
+    if len(sys.argv) > 1:
+        known = sys.argv[1:] in (["--help"], ["-h"])
+        print(f"{__doc__}\n{Hyperparameters.table()}" if known else "settings are environment variables; try --help",
+              file=sys.stdout if known else sys.stderr)
+        return 0 if known else 1
+    world = None
+    try:
+        hp = Hyperparameters.from_env(os.environ)
+        world = World(hp, os.environ)
+        run(hp, world)
+        return 0
+    except (UserError, OSError) as error:
+        if world is not None or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return 143
+    finally:
+        if world is not None:
+            world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
