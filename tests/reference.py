@@ -252,7 +252,7 @@ def _sequence_logits(state, hp, ids, eps):
 def reference_logits(state_dict, hp, tokens, eps=EPS64):
     """Soft-capped logits (B, T, V) in float64 for tokens (B, T); eps is that of the RMS norms.
 
-    A model that computes in float32 adds the machine epsilon of float32, so compare it with eps=EPS32.
+    A model in float32 or bfloat16 adds the machine epsilon of float32: compare it with eps=EPS32.
     """
     state = {name: tensor.double() for name, tensor in state_dict.items()}
     rows = torch.as_tensor(tokens).tolist()
@@ -352,11 +352,11 @@ def reference_gptq(weight, hessian, scales, max_code, damp=0.01, descending=True
     work = torch.as_tensor(weight).double().numpy().copy()
     curvature = torch.as_tensor(hessian).double().numpy().copy()
     scales = np.asarray(scales, dtype=np.float64)
-    dead = np.diag(curvature) == 0
-    curvature[dead, dead] = 1.0
-    work[:, dead] = 0.0
     diagonal = np.diag(curvature).copy()
     order = np.argsort(-diagonal if descending else diagonal, kind="stable")
+    dead = diagonal == 0  # inputs that were always zero: their weights do not matter
+    curvature[dead, dead] = diagonal.mean()
+    work[:, dead] = 0.0
     curvature = curvature + damp * diagonal.mean() * np.eye(len(diagonal))
     inverse = np.linalg.inv(curvature[np.ix_(order, order)])
     upper = np.linalg.cholesky((inverse + inverse.T) / 2).T  # inverse = upperᵀ upper
@@ -409,19 +409,31 @@ def reference_windows(positions, seq_len, stride):
     return windows
 
 
-def reference_sliding(logits_fn, tokens, seq_len, stride):
+def reference_nats(z, target):
+    """Cross-entropy of one row of logits."""
+    return z.max() + np.log(np.exp(z - z.max()).sum()) - z[target]
+
+
+def reference_temperature(z, low):
+    """Logits of one position over T = clamp(1 - (1 - low)(1 - H / ln V), 0.9, 1.05), H their entropy."""
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    return z / min(max(1 - (1 - low) * (1 - entropy / math.log(len(z))), 0.9), 1.05)
+
+
+def reference_sliding(logits_fn, tokens, seq_len, stride, windows=None, temperature=1.0):
     """Nats of every position 0..len(tokens)-2: position i is scored on tokens[i + 1].
 
-    logits_fn takes a 1-D array of token ids and returns logits (T, V).
+    logits_fn takes a 1-D array of token ids and returns logits (T, V). Where the length is not a whole number
+    of strides, the last windows may be laid out in more than one way: `windows` are those to use.
     """
     tokens = np.asarray(tokens)
     positions = len(tokens) - 1
     nats = np.full(positions, np.nan)
-    for start, end, first in reference_windows(positions, seq_len, stride):
+    for start, end, first in windows or reference_windows(positions, seq_len, stride):
         logits = np.asarray(logits_fn(tokens[start:end]), dtype=np.float64)
         for i in range(first, end):
             assert np.isnan(nats[i]), "scored twice"
-            z = logits[i - start]
-            nats[i] = z.max() + np.log(np.exp(z - z.max()).sum()) - z[tokens[i + 1]]
+            nats[i] = reference_nats(reference_temperature(logits[i - start], temperature), tokens[i + 1])
     assert not np.isnan(nats).any(), "a position was left out"
     return nats

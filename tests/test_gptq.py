@@ -28,7 +28,8 @@ def hessian_of(x):
 
 
 def absmax_scales(weight, max_code=15):
-    return weight.abs().amax(dim=1).clamp(min=1e-9) / max_code
+    """Steps that fp16, in which they are stored, holds exactly."""
+    return (weight.abs().amax(dim=1) / max_code).half().float()
 
 
 def plain_error(weight, hessian, scales, max_code=15):
@@ -185,6 +186,18 @@ def test_dead_columns():
     assert np.mean(quantised.codes.numpy()[:, alive] == codes[:, alive]) > 0.97
 
 
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**-10, 1.0, 2.0**20])
+def test_dead_columns_do_not_set_the_damping(factor):
+    """Squared ReLU leaves hidden units that never fire next to ones that are tiny."""
+    weight, x = some_weight(32, 96), correlated_inputs(96)
+    x[:, 60:] = 0
+    hessian, scales = hessian_of(x), absmax_scales(weight)
+    quantised = tg.gptq(weight, hessian * factor, max_code=15, scales=scales)
+    codes = reference_gptq(weight, hessian, scales, 15)
+    expected = hessian_error(weight, codes * scales.double().numpy()[:, None], hessian)
+    assert solved_error(weight, hessian, quantised) == pytest.approx(expected, rel=0.02)
+
+
 def test_fewer_tokens_than_columns():
     """A singular Hessian; damping makes it solvable, and there is much room to move errors to."""
     weight, hessian = some_weight(32, 96), hessian_of(correlated_inputs(96, tokens=30))
@@ -248,7 +261,7 @@ def test_one_row():
 
 
 def test_one_column():
-    weight, scales = some_weight(32, 1), torch.full((32,), 0.011)
+    weight, scales = some_weight(32, 1), torch.full((32,), 11 / 1024)
     quantised = tg.gptq(weight, torch.tensor([[2.5]]), max_code=15, scales=scales)
     assert_valid(quantised, weight)
     assert agreement(quantised, reference_round(weight.numpy(), scales.numpy(), 15)) == 1

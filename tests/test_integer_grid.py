@@ -33,6 +33,26 @@ def test_row_scales_are_the_largest_entry_over_the_largest_code(max_code):
     assert torch.isfinite(scales).all() and (scales > 0).all()
 
 
+def test_the_rate_multiplier_coarsens_every_row():
+    weight = some_weight()
+    plain, coarse = tg.row_scales(weight, max_code=15), tg.row_scales(weight, max_code=15, multiplier=1.5)
+    alive = weight.any(dim=1)
+    torch.testing.assert_close(coarse[alive], 1.5 * plain[alive], rtol=1e-3, atol=0)
+    assert int(tg.round_to_grid(weight, coarse, max_code=15).codes.abs().max()) == 10
+    assert not tg.round_to_grid(weight, coarse, max_code=15).dequantize()[5].any()
+
+
+def test_row_scales_of_a_stack():
+    stack = torch.stack([some_weight(seed) for seed in range(3)])
+    scales = tg.row_scales(stack, max_code=15)
+    quantised = tg.round_to_grid(stack, scales, max_code=15)
+    for i in range(3):
+        alone = tg.round_to_grid(stack[i], tg.row_scales(stack[i], max_code=15), max_code=15)
+        assert torch.equal(scales[i], alone.scales)
+        assert torch.equal(quantised.codes[i], alone.codes)
+        assert torch.equal(quantised.dequantize()[i], alone.dequantize())
+
+
 def test_small_rows_keep_their_small_step():
     """A floor of 1/max_code, as in the submissions, would round this matrix to zero."""
     weight = some_weight() * 1e-2

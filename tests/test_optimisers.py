@@ -171,6 +171,19 @@ def test_muon_reads_lr_and_momentum_at_every_step():
     assert distance(param.detach(), expected) < BFLOAT16
 
 
+def test_muon_leaves_alone_what_has_no_gradient():
+    """A parameter that a loss does not reach keeps its value, and its neighbours in the stack get theirs."""
+    params = [torch.nn.Parameter(noise(*TALL, seed=i)) for i in range(3)]
+    kept = params[1].detach().clone()
+    params[0].grad, params[2].grad = noise(*TALL, seed=7), noise(*TALL, seed=8)
+    tg.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    assert torch.equal(params[1], kept)
+    for i in (0, 2):
+        zeros = torch.zeros(TALL)
+        expected, _ = reference_muon_step(noise(*TALL, seed=i), params[i].grad, zeros, 0.1, 0.9, 0.1)
+        assert distance(params[i].detach() - noise(*TALL, seed=i), expected - noise(*TALL, seed=i)) < BFLOAT16
+
+
 def test_muon_continues_from_its_saved_state():
     def step(optimiser, param, seed):
         param.grad = noise(*TALL, seed=seed)
@@ -220,6 +233,15 @@ def test_warmdown_by_the_wall_clock():
 def test_the_observed_step_of_half_the_learning_rate():
     """The log of #606, seed 1337: scale 0.4997 at step 4,424 of 97.36 ms."""
     assert tg.lr_scale(settings(), 4424, 4424 * 0.09736) == pytest.approx(0.4997, abs=0.004)
+
+
+def test_the_reserve_brings_the_end_forward():
+    """Seconds kept back for calibration and solving: the rate is zero where training stops."""
+    hp = settings()
+    assert tg.lr_scale(hp, 5000, 500.0, reserve=20.0) == pytest.approx(80 / (3500 * 0.1))
+    assert tg.lr_scale(hp, 5800, 580.0, reserve=20.0) == 0.0
+    assert tg.lr_scale(hp, 2300, 230.0, reserve=20.0) == tg.lr_scale(hp, 2500, 250.0) == 1.0
+    assert tg.lr_scale(hp, 2400, 240.0, reserve=20.0) < 1.0
 
 
 def test_warmdown_by_steps():

@@ -1,13 +1,16 @@
 """Windows, bytes and scores against plain loops."""
 
+import copy
+import functools
 import io
 import math
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
-from reference import reference_bytes, reference_sliding, reference_windows
+from reference import reference_bytes, reference_sliding
 
 import train_gpt as tg
 
@@ -168,11 +171,11 @@ def edited(sp, piece, fields):
         at += 2 + proto[at + 1]
     length = proto[at + 1]
     message = proto[at + 2 : at + 2 + length] + fields
-    copy = sentencepiece.SentencePieceProcessor()
-    copy.load_from_serialized_proto(
+    changed = sentencepiece.SentencePieceProcessor()
+    changed.load_from_serialized_proto(
         proto[:at] + bytes([0x0A, len(message)]) + message + proto[at + 2 + length :]
     )
-    return copy
+    return changed
 
 
 def test_unused_pieces_count_nothing_and_are_boundaries(sp):
@@ -192,3 +195,143 @@ def test_only_one_leading_blank_is_taken_off(sp):
     assert doubled.id_to_piece(token) == "▁▁an"
     count = tg.ByteTable(doubled).count(torch.tensor([260, 1]), torch.tensor([token, token]))
     assert count.tolist() == [6, 5]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores
+# ----------------------------------------------------------------------------------------------------------
+
+SEQ_LEN = 16
+
+
+@functools.cache
+def scored_model():
+    """A small model with random weights in every tensor, and the world of one process on the CPU."""
+    hp = tg.Hyperparameters.from_env(
+        {
+            "PRESET": "pr606",
+            "DEVICE": "cpu",
+            "NUM_LAYERS": "3",
+            "MODEL_DIM": "32",
+            "NUM_HEADS": "2",
+            "NUM_KV_HEADS": "2",
+            "VOCAB_SIZE": "64",
+            "TRAIN_SEQ_LEN": "16",
+            "EVAL_SEQ_LEN": "16",
+            "EVAL_STRIDE": "4",
+            "ROPE_NTK_REFERENCE": "8",
+            "XSA_LAST_N": "3",
+            "VE_LAYERS": "2",
+            "BIGRAM_VOCAB_SIZE": "40",
+        }
+    )
+    torch.manual_seed(0)
+    model = tg.GPT(hp).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model, tg.World(hp, {})
+
+
+@functools.cache
+def some_text(positions):
+    """Tokens and the bytes that each target counts."""
+    generator = torch.Generator().manual_seed(positions)
+    tokens = torch.randint(1, 64, (positions + 1,), generator=generator, dtype=torch.int32)
+    return tokens, torch.randint(0, 6, (positions,), generator=generator)
+
+
+def reference_scores(positions, stride, **options):
+    model = copy.deepcopy(scored_model()[0]).double()
+
+    def logits(ids):
+        with torch.no_grad():
+            return model(torch.from_numpy(ids).long()[None])[0].numpy()
+
+    return reference_sliding(logits, some_text(positions)[0].numpy(), SEQ_LEN, stride, **options)
+
+
+def score(positions, stride, **options):
+    model, world = scored_model()
+    windows = tg.sliding_windows(positions, SEQ_LEN, stride)
+    return tg.evaluate(model, *some_text(positions), windows, world, **options)
+
+
+# The length a whole number of strides after the first window, or not; one window; less than one.
+@pytest.mark.parametrize(
+    ("positions", "stride"), [(100, 4), (103, 4), (96, 16), (101, 16), (57, 1), (16, 4), (5, 4)]
+)
+def test_evaluate_equals_plain_windows(positions, stride):
+    windows = tg.sliding_windows(positions, SEQ_LEN, stride)
+    expected = reference_scores(positions, stride, windows=windows)
+    if (positions - SEQ_LEN) % stride == 0 or positions <= SEQ_LEN:
+        np.testing.assert_allclose(expected, reference_scores(positions, stride), rtol=1e-9)
+    nll = torch.full((positions,), torch.nan)
+    result = score(positions, stride, nll=nll)
+    np.testing.assert_allclose(nll.numpy(), expected, rtol=1e-4, atol=1e-4)
+    counted = int(some_text(positions)[1].sum())
+    assert (result.positions, result.bytes) == (positions, counted)
+    assert result.val_loss == pytest.approx(expected.mean(), rel=1e-5)
+    assert result.val_bpb == pytest.approx(expected.sum() / math.log(2) / counted, rel=1e-5)
+
+
+def test_context_counts():
+    """A stride of 4 gives every position 12 tokens of context or more, and other losses than one of 16."""
+    nll = {}
+    for stride in (4, 16):
+        nll[stride] = torch.empty(96)
+        score(96, stride, nll=nll[stride])
+    assert torch.allclose(nll[4][:16], nll[16][:16], atol=1e-4)
+    assert ((nll[4] - nll[16]).abs()[16:] > 1e-3).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 50, 100_000])
+def test_scores_do_not_depend_on_the_batch(batch_tokens):
+    one, other = score(103, 4), score(103, 4, batch_tokens=batch_tokens)
+    assert (other.positions, other.bytes) == (one.positions, one.bytes)
+    assert other.val_loss == pytest.approx(one.val_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 40])
+def test_ranks_share_the_windows(size):
+    """Every rank scores a part, some perhaps nothing; together they score each position once."""
+    model, world = scored_model()
+    windows = tg.sliding_windows(103, SEQ_LEN, 4)
+    whole, nll = score(103, 4), torch.full((103,), torch.nan)
+    total, parts = tg.Score(0.0, 0, 0), []
+    for rank in range(size):
+        part = copy.copy(world)
+        part.rank, part.size = rank, size
+        total = total + tg.evaluate(model, *some_text(103), windows, part, nll=nll)
+        parts.append(total.positions)
+    assert not nll.isnan().any() and max(parts) == parts[-1] == 103 and parts[0] < 103
+    assert (total.positions, total.bytes) == (whole.positions, whole.bytes)
+    assert total.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+
+
+def test_adaptive_temperature():
+    expected = reference_scores(100, 4, temperature=0.9)
+    result = score(100, 4, temperature=0.9)
+    assert result.val_loss == pytest.approx(expected.mean(), rel=1e-5)
+    assert abs(score(100, 4).val_loss / result.val_loss - 1) > 1e-3
+
+
+def test_a_part_of_the_windows():
+    """Test-time training scores chunk by chunk: the parts sum to the whole."""
+    model, world = scored_model()
+    windows = tg.sliding_windows(103, SEQ_LEN, 4)
+    parts = [
+        tg.evaluate(model, *some_text(103), part, world) for part in (windows[:7], windows[7:8], windows[8:])
+    ]
+    total, whole = parts[0] + parts[1] + parts[2], score(103, 4)
+    assert [part.positions for part in parts] == [40, 4, 59]
+    assert (total.positions, total.bytes) == (whole.positions, whole.bytes)
+    assert total.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+
+
+def test_scoring_leaves_the_model_alone():
+    model, _ = scored_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    score(57, 4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

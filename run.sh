@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# One command from nothing to a scored artifact: environment, data, run, summary.
+#
+#   ./run.sh                     the smoke preset: a small model on an embedded corpus, a few minutes on two CPU cores
+#   ./run.sh pr606               FineWeb, 11 layers; one process per CUDA device (NPROC=n to choose)
+#   ./run.sh pr601
+#   ./run.sh test                the test suite
+#
+# Settings are environment variables (python train_gpt.py --help). Of its own: NPROC, TORCH_INDEX_URL (where pip finds
+# torch, e.g. a CPU-only build), TRAIN_SHARDS (FineWeb shards to download, 80), PYTHON (the interpreter to start from).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() { echo "error: $*" >&2; exit 1; }
+say() { echo "run.sh: $*"; }
+
+what=${1:-${PRESET:-smoke}}
+case $what in
+  smoke|pr606|pr601|test) ;;
+  *) fail "unknown argument '$what'; use smoke, pr606, pr601 or test" ;;
+esac
+[ $# -le 1 ] || fail "one argument at most; settings are environment variables"
+
+# 1. A Python that has what this run imports: the current one, else .venv.
+modules="numpy sentencepiece zstandard"
+case $what in
+  test) modules="$modules pytest ruff huggingface_hub tqdm matplotlib scipy" ;;
+  pr606|pr601) modules="$modules huggingface_hub tqdm" ;;
+esac
+has_modules() {
+  "$1" - $modules <<'PY' >/dev/null 2>&1
+import importlib.util, sys
+from importlib.metadata import version
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+release = tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2])
+sys.exit(bool(missing) or release < (2, 11))
+PY
+}
+base=${PYTHON:-python3}
+command -v "$base" >/dev/null || fail "$base not found; install Python 3.11 or newer, or set PYTHON"
+if has_modules "$base"; then
+  python=$base
+else
+  python=.venv/bin/python
+  if ! [ -x "$python" ] || ! has_modules "$python"; then
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$base" --version) is too old; Python 3.11 or newer is needed"
+    say "making .venv and installing requirements.txt (once)"
+    "$base" -m venv .venv || fail "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+      "$python" -m pip install --quiet --disable-pip-version-check --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements.txt)"
+    fi
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+      fail "pip could not install requirements.txt; check the network and run again"
+  fi
+fi
+
+if [ "$what" = test ]; then
+  "$python" -m ruff check .
+  exec "$python" -m pytest -q tests
+fi
+
+# 2. Data, where the run uses the preset's own; a second call finds it there.
+export PRESET=$what
+if [ -z "${DATA_PATH:-}" ]; then
+  case $what in
+    smoke) "$python" data/prepare.py sotu --vocab-size "${VOCAB_SIZE:-2048}" ;;
+    *) "$python" data/prepare.py fineweb --variant "sp${VOCAB_SIZE:-1024}" --train-shards "${TRAIN_SHARDS:-80}" ;;
+  esac
+fi
+
+# 3. The run, then its summary.
+nproc=${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+export RUN_ID=${RUN_ID:-$what-seed${SEED:-1337}-$(date +%Y%m%d-%H%M%S)}
+if [ "$nproc" -gt 1 ]; then
+  "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py
+else
+  "$python" train_gpt.py
+fi
+exec "$python" records/summary.py "logs/$RUN_ID"

@@ -1,0 +1,69 @@
+"""What the tests share: the repository's root on the path, a small real corpus, and the smallest full-recipe settings."""
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+torch.set_num_threads(1)  # the tensors are tiny; two threads only wait for each other
+
+
+def write_shard(path: Path, tokens) -> None:
+    """A token shard in the published format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> dict[str, str]:
+    """Python's own documentation as shards with a 512-piece tokenizer; the settings that point to it."""
+    import sentencepiece
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = [text.strip() for _, text in sorted(topics.items()) if text.strip()]
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([line for text in documents for line in text.splitlines() if line.strip()]),
+        model_writer=buffer, vocab_size=512, model_type="bpe", byte_fallback=True, split_digits=True,
+        character_coverage=0.999, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, hard_vocab_limit=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(buffer.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    ids = [[1, *processor.encode(text)] for text in documents]
+    write_shard(folder / "fineweb_val_000000.bin", sum(ids[::10], [])[:12_001])
+    train = sum((doc for i, doc in enumerate(ids) if i % 10), [])
+    half = len(train) // 2
+    write_shard(folder / "fineweb_train_000000.bin", train[:half])
+    write_shard(folder / "fineweb_train_000001.bin", train[half:])
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer.model"), "VOCAB_SIZE": "512"}
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus) -> dict[str, str]:
+    """The smoke preset with every technique on, shrunk until a whole run takes seconds."""
+    return corpus | {
+        "PRESET": "smoke", "DTYPE": "fp32", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+        "MLP_MULT": "2", "ROPE_DIMS": "8", "XSA_LAST_N": "2", "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "32",
+        "VE_DIM": "32", "VE_LAYERS": "1,2", "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64", "ITERATIONS": "24",
+        "WARMDOWN_ITERS": "16", "WARMUP_STEPS": "2", "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "64",
+        "GPTQ_CALIB_SEQUENCES": "16", "TTT_CHUNK_TOKENS": "2048", "TTT_BATCH_SEQS": "4", "TTT_EPOCHS": "1",
+        "TRAIN_LOG_EVERY": "10", "LATE_QAT_THRESHOLD": "0.5"}
+
+
+def run_script(folder: Path, env: dict[str, str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
+    """train_gpt.py through the command line in a folder of its own, under torchrun for several processes."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    clean = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "CXX") if key in os.environ}
+    return subprocess.run([*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
+                          capture_output=True, text=True, timeout=timeout)
