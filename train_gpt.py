@@ -872,6 +872,22 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, with the scores written out: on a CPU in bf16 two to three times faster than SDPA up to T = 512."""
+    B, T, H, width = q.shape
+    G = k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q * width ** -0.5, k, v))
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q.reshape(B, G, -1, width) @ k.mT).view(B, G, H // G, T, T).masked_fill(future, -math.inf)
+    return (scores.softmax(-1).view(B, G, -1, T) @ v).view(B, H, T, width).transpose(1, 2)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The faster of the two on a CPU, by dtype and length."""
+    dense = q.dtype == torch.bfloat16 and q.size(1) <= 512
+    return dense_attention(q, k, v) if dense else sdpa_attention(q, k, v)
+
+
 class CausalSelfAttention(nn.Module):
     """Causal attention with normalised queries and keys, partial RoPE, and the submissions' additions to V and to
     the output: value embedding, value residual (arXiv:2410.17897), exclusive self attention, gates (arXiv:2505.06708).
@@ -1002,6 +1018,38 @@ class ValueEmbedding(nn.Module):
         return self.proj(self.embed(tokens).to(dtype)) * self.scale.to(dtype)
 
 
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of soft-capped logits, which are made and used up in chunks that stay in cache.
+
+    The gradient is computed on the way forward, as in Liger kernels (arXiv:2410.10989): the logits are never kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> the mean in nats."""
+        N, V = hidden.size(0), weight.size(0)
+        chunk = max((1 << 27 if hidden.is_cuda else 1 << 19) // V, 1)
+        cast, wanted = weight.to(hidden.dtype), any(ctx.needs_input_grad[:2])
+        loss = torch.zeros((), dtype=weight.dtype, device=hidden.device)
+        to_hidden, to_weight = [], torch.zeros_like(weight) if wanted else None
+        for h, y in zip(hidden.split(chunk), targets.unsqueeze(1).split(chunk)):
+            squashed = torch.tanh(full_precision(h @ cast.mT) / softcap)
+            log_p = F.log_softmax(squashed * softcap, dim=-1)
+            loss = loss - log_p.gather(1, y).sum()
+            if wanted:
+                slope = (1 - squashed * squashed) / N
+                to_logits = (log_p.exp().scatter_add(1, y, y.new_full(y.shape, -1, dtype=log_p.dtype)) * slope).to(h.dtype)
+                to_hidden.append(to_logits @ cast)
+                to_weight += to_logits.mT @ h
+        ctx.save_for_backward(*((torch.cat(to_hidden), to_weight) if wanted else ()))
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, to_loss: Tensor):
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden * to_loss.to(to_hidden.dtype), to_weight * to_loss, None, None
+
+
 class GPT(nn.Module):
     """The language model; computes in the dtype of its weights, or of the caller's autocast, for any T.
 
@@ -1074,10 +1122,11 @@ class GPT(nn.Module):
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        logits = self.logits(self.hidden(tokens))
+        hidden = self.hidden(tokens)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.logits(hidden)
+        return SoftcapCrossEntropy.apply(hidden.flatten(0, 1), self.tok_emb.weight, targets.flatten(),
+                                         self.hp.logit_softcap)
 
 
 MODEL_SETTINGS = (
@@ -2658,12 +2707,13 @@ def choose_attention(hp: Hyperparameters, model: GPT, world: World) -> str:
     fa3 = flash_attention_3() if hp.attention != "sdpa" and world.device.type == "cuda" and world.dtype == torch.bfloat16 else None
     if fa3 is None and hp.attention == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package; use ATTENTION=auto")
+    on_cpu = world.device.type == "cpu"
     for block in model.blocks:
-        block.attn.attend = fa3 or sdpa_attention
+        block.attn.attend = fa3 or (cpu_attention if on_cpu and hp.attention == "auto" else sdpa_attention)
     if fa3:
         return "flash-attention-3"
-    if world.device.type == "cpu":
-        return "sdpa-cpu-flash"
+    if on_cpu:
+        return "dense up to T = 512 in bf16, else sdpa-flash" if hp.attention == "auto" else "sdpa-flash"
     probe = torch.zeros(1, hp.num_heads, 128, hp.model_dim // hp.num_heads, device=world.device, dtype=world.dtype)
     params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, True, False)
     return "sdpa-flash" if torch.backends.cuda.can_use_flash_attention(params) else \
