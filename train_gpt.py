@@ -362,7 +362,7 @@ def _field_of(name: str, text: str, env: Mapping[str, str]) -> tuple[str, str] |
         return "", ""
     meant = ALIASES.get(name, name.lower() if name.isupper() else None)
     if isinstance(meant, dict):
-        return meant.get(text, ("", "") if text == "" else ("late_qat", text))  # a bad switch fails as a bool
+        return meant.get(text or "0", ("late_qat", text))  # anything but 0 and 1 fails as a switch does
     return (meant, text) if meant in Hyperparameters.__dataclass_fields__ and meant != "ignored" else None
 
 
@@ -1328,8 +1328,10 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
         length, scored = batch[0][1] - batch[0][0], batch[0][1] - batch[0][2]
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=tokens.device)
         text = tokens[index].to(world.device, torch.int64, non_blocking=True)
+        if score_fn is not token_losses:  # a compiled one wants one shape: fill up with copies of the last window
+            text = torch.cat((text, text[-1:].expand(max(batch_tokens // length, 1) - len(batch), -1)))
         with world.autocast():
-            losses = score_fn(model, text[:, :-1], text[:, 1:], scored, temperature)
+            losses = score_fn(model, text[:, :-1], text[:, 1:], scored, temperature)[: len(batch)]
         where = index[:, length - scored: length].to(byte_counts.device)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
@@ -1809,6 +1811,8 @@ class Stepper:
             self.qat.quantize(soft_round_alpha(hp, scale) if hp.soft_round_qat else None)
         flat.reduced.zero_()
         for micro_x, micro_y in zip(x.split(self.micro), y.split(self.micro)):
+            if not len(micro_x):
+                break  # more ranks than sequences
             with self.world.autocast():
                 loss = self.model(micro_x, micro_y) * (len(micro_x) / self.sequences)
             loss.backward()
@@ -2125,8 +2129,9 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World, batch_toke
         hooks.append(module.register_forward_pre_hook(accumulate(hessian)))
     mine = world.shard(len(sequences))
     for part in torch.from_numpy(sequences[mine.start: mine.stop]).split(max(batch_tokens // sequences.shape[1], 1)):
-        with world.autocast():
-            model.hidden(part.to(world.device))
+        if len(part):
+            with world.autocast():
+                model.hidden(part.to(world.device))
     for hook in hooks:
         hook.remove()
     for _, names in readers:
@@ -2602,9 +2607,10 @@ class ChunkTrainer:
             for p in gradients:
                 p.grad = gradients[p]
             for part in batch[mine.start: mine.stop].split(max(scoring_batch_tokens(hp, world) // self.seq_len, 1)):
-                with world.autocast():
-                    loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-                (loss * (len(part) / len(batch))).backward()
+                if len(part):
+                    with world.autocast():
+                        loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+                    (loss * (len(part) / len(batch))).backward()
             if world.grouped:
                 flat = world.sum_(torch.cat([g.flatten() for g in gradients.values()]))
                 for p, summed in zip(gradients, flat.split([p.numel() for p in gradients])):

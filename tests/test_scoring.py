@@ -210,6 +210,7 @@ def scored_model():
     hp = tg.Hyperparameters.from_env(
         {
             "PRESET": "pr606",
+            "DTYPE": "fp32",
             "DEVICE": "cpu",
             "NUM_LAYERS": "3",
             "MODEL_DIM": "32",
