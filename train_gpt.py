@@ -162,7 +162,7 @@ class Hyperparameters:
     prune_pct: float = setting(0.02, "share of the smallest weights of a matrix that become zero")
     gptq_calib_sequences: int = setting(256, "training sequences behind the Hessians")
     gptq_damp: float = setting(0.01, "share of the mean diagonal added to a Hessian")
-    zstd_level: int = setting(22, "zstd level")
+    zstd_level: int = setting(22, "zstd level of what is not codes, which take literals alone")
     artifact_limit: int = setting(16_000_000, "bytes of code and model together, at most")
     # the score
     eval_seq_len: int = setting(2048, "T while scoring")
@@ -1680,36 +1680,55 @@ def code_histogram(codes: Tensor, max_code: int) -> Tensor:
     return torch.bincount(codes.flatten().int() + max_code, minlength=2 * max_code + 1)
 
 
-# Measured on trained models and on Gaussian codes: zstd's literals against the order-0 entropy (section 12).
+# Measured on Gaussian codes and on trained models: zstd's literals against the order-0 entropy (section 12).
 ZSTD_OVER_ENTROPY = 1.007
 HEADER_BYTES = 16_000
 
 
-def forecast_bytes(weights: Mapping[str, Tensor], hp: Hyperparameters, multiplier: float) -> float:
-    """Bytes of the packed model, forecast from the entropy of plainly rounded codes."""
-    max_codes, histograms, total = matrix_max_codes(hp, weights), {}, float(HEADER_BYTES)
-    for name, weight in weights.items():
-        role = role_of(name)
-        max_code = max_codes.get(name, max_code_of(hp.embed_bits) if role == "embed" else 0)
-        if not max_code:
-            total += 2 * weight.numel()
-            continue
-        scales = storable(row_scales(weight, max_code, multiplier if role != "embed" else 1.0))
-        counts = code_histogram(round_to_grid(weight, scales, max_code).codes, max_code)
-        histograms[role, max_code] = histograms.get((role, max_code), 0) + counts
-        total += 2 * scales.numel()
-    return total + sum(code_entropy_bits(h) for h in histograms.values()) / 8 * ZSTD_OVER_ENTROPY
+class RateForecast:
+    """The packed model's bytes as a function of the rate multiplier, from the entropy of a sample of its codes.
 
+    The step of the grid is set by rate: absmax steps on near-Gaussian int5 weights cost more than four bits each,
+    where the limit leaves about 3.5, so all matrix scales grow by one factor until the file fits.
+    """
 
-def rate_multiplier(weights: Mapping[str, Tensor], hp: Hyperparameters, limit: float, most: float = 6.0) -> float:
-    """The smallest multiplier of all row scales, in 1..most, whose forecast is at most `limit` bytes."""
-    low, high = 1.0, most
-    if forecast_bytes(weights, hp, low) <= limit:
-        return low
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if forecast_bytes(weights, hp, middle) <= limit else (middle, high)
-    return high
+    MOST = 6.0
+
+    def __init__(self, weights: Mapping[str, Tensor], hp: Hyperparameters, sample: int = 1 << 16):
+        max_codes = matrix_max_codes(hp, weights)
+        self.fixed, self.samples = float(HEADER_BYTES), {}  # (role, max_code) -> codes at multiplier 1, unrounded
+        for name, weight in weights.items():
+            role = role_of(name)
+            max_code = max_codes.get(name, max_code_of(hp.embed_bits) if role == "embed" else 0)
+            if not max_code:
+                self.fixed += 2 * weight.numel()
+                continue
+            scales = storable(row_scales(weight, max_code)).unsqueeze(-1)
+            part = weight[:, :: max(weight.numel() // sample, 1)] / scales
+            kept = self.samples.setdefault((role, max_code), [0, []])
+            kept[0] += weight.numel()
+            kept[1].append(part.flatten())
+            self.fixed += 2 * scales.numel()
+        self.samples = {key: (count, torch.cat(parts)) for key, (count, parts) in self.samples.items()}
+
+    def bytes(self, multiplier: float) -> float:
+        """Bytes of the packed model."""
+        total = self.fixed
+        for (role, max_code), (count, units) in self.samples.items():
+            codes = torch.round(units / (multiplier if role != "embed" else 1.0)).clamp_(-max_code, max_code)
+            bits = code_entropy_bits(code_histogram(codes, max_code)) / units.numel()
+            total += count * bits / 8 * ZSTD_OVER_ENTROPY
+        return total
+
+    def multiplier(self, limit: float) -> float:
+        """The smallest multiplier in 1..MOST that is forecast to fit into `limit` bytes, else MOST."""
+        low, high = 1.0, self.MOST
+        if self.bytes(low) <= limit:
+            return low
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
+        return high
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2022,7 +2041,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         qat_on = qat_active(hp, scale)
         if qat_on and not qat_proof:
             weights = {name: flat.view(flat.weights, name) for name in flat.parameters}
-            qat.multiplier = world.max(rate_multiplier(weights, hp, hp.artifact_limit - code_bytes))
+            qat.multiplier = world.max(RateForecast(weights, hp).multiplier(hp.artifact_limit - code_bytes))
             qat_proof = {"first_step": step + 1, "multiplier": qat.multiplier, "distance_before": qat.distance()}
             log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} "
                 f"kind:{'soft-round' if hp.soft_round_qat else 'straight-through'} matrices:{qat.matrices} "
@@ -2333,9 +2352,14 @@ RAW_DTYPES = {str(dtype)[6:]: dtype for dtype in (
 
 
 def compress(data: bytes, level: int, literals: bool) -> bytes:
-    """One zstd frame with its content size; `literals` turns the search for matches off, as far as zstd can."""
-    options = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0) if literals else {}
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data), **options)
+    """One zstd frame with its content size; `literals` turns the search for matches off, as far as zstd can.
+
+    For Gaussian codes of standard deviation 2.85: 1.006 times the entropy in 0.02 s per 8 MB, where a plain level 22
+    takes 1.08 times and seconds.
+    """
+    options = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0, hash_log=6, window_log=17)
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        1 if literals else level, source_size=len(data), **(options if literals else {}))
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
@@ -2376,7 +2400,7 @@ def pack(config: dict, tensors: Mapping[str, QuantizedTensor | Tensor], level: i
             if tuple(scales.shape) != tuple(codes.shape[:-1]) or not torch.isfinite(scales).all():
                 raise ValueError(f"{name}: needs one finite scale per row that fp16 can hold")
             section = f"{role_of(name)}.{tensor.max_code}"
-            sections.setdefault(section, []).append(tensor_bytes((codes.to(torch.int16) + tensor.max_code).to(torch.uint8)))
+            sections.setdefault(section, []).append(tensor_bytes(codes + tensor.max_code))  # wraps into 0..254
             sections.setdefault("scales", []).append(tensor_bytes(scales))
             entries.append([name, "codes", list(codes.shape), section, tensor.max_code])
         else:
@@ -2446,11 +2470,11 @@ def _unpack_tensors(header: dict, payload: memoryview) -> dict[str, QuantizedTen
     tensors: dict[str, QuantizedTensor | Tensor] = {}
     for name, kind, shape, section, max_code in header["tensors"]:
         if kind == "codes":
-            codes = bytes_tensor(take(section, math.prod(shape)), torch.uint8, shape).to(torch.int16) - max_code
-            if codes.numel() and codes.max() > max_code or not 1 <= max_code <= 127:
+            codes = bytes_tensor(take(section, math.prod(shape)), torch.uint8, shape)
+            if not 1 <= max_code <= 127 or codes.numel() and codes.max() > 2 * max_code:
                 raise UserError("damaged artifact: a code is off its grid")
             scales = bytes_tensor(take("scales", 2 * math.prod(shape[:-1])), torch.float16, shape[:-1])
-            tensors[name] = QuantizedTensor(codes.to(torch.int8), scales.float(), max_code)
+            tensors[name] = QuantizedTensor((codes - max_code).view(torch.int8), scales.float(), max_code)
         else:
             width = RAW_DTYPES[kind].itemsize
             tensors[name] = bytes_tensor(take(section, math.prod(shape) * width), RAW_DTYPES[kind], shape)
@@ -2503,12 +2527,12 @@ def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: M
     """
     room = hp.artifact_limit - code_bytes
     for rung, eased in rungs(hp):
-        target = room * 0.9985
+        rate, target = RateForecast(weights, eased), room * 0.9985
         for _ in range(4):
-            multiplier = rate_multiplier(weights, eased, target)
+            multiplier = rate.multiplier(target)
+            forecast = rate.bytes(multiplier)
             tensors, errors = quantize_model(weights, hessians, eased, world, multiplier, trained_grid)
             blob = pack(artifact_config(hp, facts), tensors, hp.zstd_level)
-            forecast = forecast_bytes(weights, eased, multiplier)
             log(f"pack rung:{rung} multiplier:{multiplier:.4f} forecast:{forecast:.0f}B model:{len(blob)}B room:{room}B "
                 f"error:{sum(errors[role]['error'] for role in ('attn', 'mlp')):.6g}")
             if len(blob) <= room:
@@ -2806,7 +2830,7 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
         weights = {name: p.detach() for name, p in model.named_parameters()}
         tensors, _ = quantize_model(weights, hessians, hp, world, trained_grid=hp.late_qat)
         pack({}, tensors, hp.zstd_level)
-        rate_multiplier(weights, hp, hp.artifact_limit - code_bytes)
+        RateForecast(weights, hp).multiplier(hp.artifact_limit - code_bytes)
         world.synchronize()
         return (calibrated - start) * hp.gptq_calib_sequences / share + time.perf_counter() - calibrated
 
@@ -2838,7 +2862,7 @@ def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
     world.barrier()
     if not path.is_file():
         raise UserError(f"{path} is missing; run STAGES=train first, under the same RUN_ID")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = torch.load(path, map_location=world.device, weights_only=True)
     model = GPT(hp)
     try:
         model.load_state_dict(weights)
