@@ -1,0 +1,333 @@
+"""Shards, the order of training tokens, and the checks before the first step."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_shard
+
+import train_gpt as tg
+
+SMOKE = tg.Hyperparameters.from_env({"PRESET": "smoke", "DEVICE": "cpu"})
+
+
+def ranks(size):
+    """The processes of a group that never talk to each other."""
+    for rank in range(size):
+        world = tg.World(SMOKE, {})
+        world.rank, world.size = rank, size
+        yield world
+
+
+def shards_of(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 60000, size, dtype=np.uint16) for size in sizes]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shards
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_comes_back(tmp_path):
+    tokens = [1, 0, 65535, 256, 1024]
+    write_shard(tmp_path / "a.bin", tokens)
+    for path in (tmp_path / "a.bin", str(tmp_path / "a.bin")):
+        shard = tg.read_shard(path)
+        assert shard.tolist() == tokens and shard.dtype == np.dtype("<u2")
+
+
+def damaged(tokens=(1, 2, 3), words=(), cut=None, extra=b""):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    for at, value in words:
+        header[at] = value
+    return (header.tobytes() + np.asarray(tokens, "<u2").tobytes())[:cut] + extra
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\0" * 1023, damaged(cut=1023), damaged(words=[(0, 20240521)]), damaged(words=[(1, 2)]),
+    damaged(words=[(0, 0), (1, 0)]), damaged(cut=-1), damaged(cut=-2), damaged(cut=1024),
+    damaged(extra=b"\0"),
+    damaged(extra=b"\0\0"), damaged(words=[(2, 2)]), damaged(words=[(2, 4)]), damaged(words=[(2, -3)]),
+    damaged(tokens=()), damaged(words=[(2, 2**31 - 1)]), b"<html>404 not found</html>" * 100],
+    ids=["empty", "zeros", "header cut", "magic", "version", "blank header", "half a token short",
+    "a token short",
+         "no tokens", "half a token long", "a token long", "count low", "count high", "count negative",
+         "count zero",
+         "count huge", "web page"])
+def test_damaged_shards_are_refused(tmp_path, content):
+    path = tmp_path / "fineweb_train_000000.bin"
+    path.write_bytes(content)
+    with pytest.raises(tg.UserError) as caught:
+        tg.read_shard(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_shards_name_the_next_command(tmp_path):
+    with pytest.raises(tg.UserError, match="fineweb_train_000007.bin.*data/prepare.py"):
+        tg.read_shard(tmp_path / "fineweb_train_000007.bin")
+    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 2])
+    for folder, split in ((tmp_path, "val"), (tmp_path / "nowhere", "train")):
+        with pytest.raises(tg.UserError, match=f"fineweb_{split}.*data/prepare.py"):
+            tg.read_split(str(folder), split)
+
+
+def test_a_split_is_its_files_in_order_of_names(tmp_path):
+    for i in (10, 2, 0):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [i + 1, i])
+    write_shard(tmp_path / "fineweb_val_000001.bin", [9])
+    (tmp_path / "notes.txt").write_text("x")
+    assert [s.tolist() for s in tg.read_split(str(tmp_path), "train")] == [[1, 0], [3, 2], [11, 10]]
+    assert [s.tolist() for s in tg.read_split(str(tmp_path), "val")] == [[9]]
+    (tmp_path / "fineweb_train_000003.bin").write_bytes(b"")
+    with pytest.raises(tg.UserError, match="000003"):
+        tg.read_split(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ids_beyond_the_vocabulary_are_refused(size):
+    shards = [np.array(ids, np.uint16) for ids in ([5, 99], [0, 100], [7, 3])]
+    for world in ranks(size):
+        tg.check_ids(shards, 101, world)
+    refused = 0
+    for world in ranks(size):
+        try:
+            tg.check_ids(shards, 100, world)
+        except tg.UserError as error:
+            refused += "100" in str(error) and "VOCAB_SIZE" in str(error)
+    assert refused == 1  # the rank that reads the second shard; over a group the maximum tells the others
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The order
+# ----------------------------------------------------------------------------------------------------------
+
+
+def endless(shards):
+    """Every training token, over and over, as the submissions read them; the held-out tail is left out."""
+    held = min(131072, len(shards[-1]) // 100)
+    text = [int(t) for shard in shards for t in shard]
+    return itertools.cycle(text[: len(text) - held])
+
+
+def plain_step(source, batch_tokens, seq_len):
+    """A step's rows, written with lists: spans of one token more than their sequences hold."""
+    spans = 8 if batch_tokens % (8 * seq_len) == 0 else 1
+    rows = []
+    for _ in range(spans):
+        span = list(itertools.islice(source, batch_tokens // spans + 1))
+        for at in range(0, len(span) - 1, seq_len):
+            rows.append(span[at: at + seq_len + 1])
+    return rows
+
+
+@pytest.mark.parametrize("sizes", [(1000,), (500, 300, 700), (50, 3000, 20, 1), (90,), (37, 61)])
+@pytest.mark.parametrize(("batch_tokens", "seq_len"), [(256, 16), (256, 32), (256, 64), (240, 16), (96, 96),
+    (8, 1)])
+def test_steps_are_read_straight_through(sizes, batch_tokens, seq_len):
+    """Across ends of shards, of the epoch, and of shards shorter than a span."""
+    shards = shards_of(*sizes)
+    stream, source = tg.TokenStream(shards), endless(shards)
+    for _ in range(8):
+        rows = stream.step(batch_tokens, seq_len)
+        assert rows.dtype == np.int64 and rows.shape == (batch_tokens // seq_len, seq_len + 1)
+        assert rows.tolist() == plain_step(source, batch_tokens, seq_len)
+
+
+def test_spans_by_hand():
+    """Neighbouring sequences share a token, neighbouring spans do not."""
+    stream = tg.TokenStream([np.arange(99, dtype=np.uint16)])
+    rows = stream.step(32, 2)
+    assert rows.tolist()[:4] == [[0, 1, 2], [2, 3, 4], [5, 6, 7], [7, 8, 9]]
+    assert rows[-1].tolist() == [37, 38, 39] and stream.position == 40
+    assert tg.TokenStream([np.arange(99, dtype=np.uint16)]).step(12, 4).tolist() == [
+        [0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
+
+
+@pytest.mark.parametrize("counts", [[7] * 40, [1] * 30, [250, 1, 600], [100, 100], [99]])
+def test_take_reads_across_shards_and_epochs(counts):
+    shards = shards_of(60, 30, 10)
+    stream, source = tg.TokenStream(shards), endless(shards)
+    for count in counts:
+        taken = stream.take(count)
+        assert taken.dtype == np.int64 and taken.tolist() == list(itertools.islice(source, count))
+
+
+def test_a_position_is_all_there_is_to_resume():
+    shards = shards_of(300, 200)
+    first, second = tg.TokenStream(shards), tg.TokenStream(shards)
+    for _ in range(3):
+        first.step(64, 8)
+    second.position = first.position
+    assert np.array_equal(first.step(64, 8), second.step(64, 8))
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((99,), 0), ((100,), 1), ((5000, 250), 2),
+    ((20_000_000,), 131072)])
+def test_the_held_out_tail_is_never_trained_on(sizes, held):
+    shards = [np.arange(size, dtype=np.uint32).astype(np.uint16) for size in sizes]
+    stream = tg.TokenStream(shards)
+    assert len(stream.held_out) == held and stream.total == sum(sizes) - held
+    assert np.array_equal(stream.held_out, shards[-1][len(shards[-1]) - held:])
+    if stream.total < 10000:
+        marked = [np.zeros(size, np.uint16) for size in sizes]
+        marked[-1][sizes[-1] - held:] = 7
+        stream = tg.TokenStream(marked)
+        assert not stream.take(3 * stream.total).any() and not stream.sample(200, 16, 0).any()
+        assert set(stream.held_out.tolist()) <= {7}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("batch_tokens", "seq_len"), [(256, 16), (48, 16), (40, 8)])
+def test_ranks_share_a_step_whatever_their_number(size, batch_tokens, seq_len):
+    shards = shards_of(400, 300)
+    whole = tg.TokenStream(shards).step(batch_tokens, seq_len).tolist()
+    dealt, shares = [], []
+    for world in ranks(size):
+        rows, own = tg.TokenStream(shards).step(batch_tokens, seq_len), world.shard(batch_tokens // seq_len)
+        dealt += rows[own.start: own.stop].tolist()
+        shares.append(len(own))
+    assert dealt == whole == plain_step(endless(shards), batch_tokens, seq_len)
+    assert max(shares) - min(shares) <= 1
+
+
+def test_samples_are_pieces_of_the_training_text():
+    shards = [np.arange(low, low + size, dtype=np.uint16) for low, size in ((0, 400), (1000, 30),
+        (2000, 800))]
+    stream = tg.TokenStream(shards)
+    rows = stream.sample(300, 50, seed=3)
+    assert rows.shape == (300, 50) and rows.dtype == np.int64 and stream.position == 0
+    assert (np.diff(rows, axis=1) == 1).all()  # never across two shards
+    assert (rows[:, -1] < 2792).all()  # nor in the held-out tail
+    share = (rows[:, 0] < 1000).mean()
+    assert 0.2 < share < 0.47  # a third
+    assert not ((rows >= 1000) & (rows < 2000)).any()  # the short shard is passed over
+    assert len(np.unique(rows[:, 0])) > 150
+
+
+def test_samples_repeat_for_a_seed_and_for_no_other():
+    stream = tg.TokenStream(shards_of(5000, 4000))
+    first = stream.sample(16, 32, seed=1)
+    stream.step(256, 16)
+    np.random.seed(0)
+    assert np.array_equal(first, stream.sample(16, 32, seed=1))
+    assert not np.array_equal(first, stream.sample(16, 32, seed=2))
+
+
+def test_the_only_sample_there_is():
+    stream = tg.TokenStream([np.arange(64, dtype=np.uint16)])
+    assert stream.sample(2, 64, seed=0).tolist() == [list(range(64))] * 2
+    with pytest.raises(tg.UserError, match="TRAIN_SEQ_LEN"):
+        stream.sample(2, 65, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Validation and tokenizer
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sizes", "seq_len", "kept"), [
+    ((17,), 16, 17), ((18,), 16, 17), ((32,), 16, 17), ((33,), 16, 33), ((10, 10, 13), 16, 33), ((2,), 1, 2)])
+def test_validation_is_cut_to_whole_sequences_and_a_token(tmp_path, sizes, seq_len, kept):
+    shards = shards_of(*sizes)
+    for i, shard in enumerate(shards):
+        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", shard)
+    tokens = tg.validation_tokens(str(tmp_path), seq_len)
+    assert tokens.dtype == torch.int32 and tokens.tolist() == np.concatenate(shards)[:kept].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_validation_that_is_too_short_is_refused(tmp_path, size):
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(size))
+    with pytest.raises(tg.UserError, match="EVAL_SEQ_LEN=16"):
+        tg.validation_tokens(str(tmp_path), 16)
+
+
+def test_tokenizers_are_checked(corpus, tmp_path):
+    path = corpus["TOKENIZER_PATH"]
+    assert tg.load_tokenizer(path, 512).get_piece_size() == 512
+    with pytest.raises(tg.UserError, match="512 pieces.*VOCAB_SIZE=1024.*VOCAB_SIZE=512"):
+        tg.load_tokenizer(path, 1024)
+    with pytest.raises(tg.UserError, match="missing.*TOKENIZER_PATH"):
+        tg.load_tokenizer(str(tmp_path / "none.model"), 512)
+    blob = Path(path).read_bytes()
+    for name, content in (("empty", b""), ("text", b"not a model\n" * 50), ("half", blob[: len(blob) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(tg.UserError, match=name):
+            tg.load_tokenizer(str(tmp_path / name), 512)
+
+
+@pytest.fixture
+def checked(corpus):
+    processor = tg.load_tokenizer(corpus["TOKENIZER_PATH"], 512)
+    return tg.ByteTable(processor), processor, tg.validation_tokens(corpus["DATA_PATH"], 64)
+
+
+def test_the_right_table_passes(checked):
+    table, processor, tokens = checked
+    assert int((tokens == 1).sum()) > 3
+    tg.check_byte_table(table, processor, tokens)
+    tg.check_byte_table(table, processor, tokens[:200])
+
+
+def count_spaces_twice(table):
+    table.bytes += table.space
+
+
+def count_byte_pieces_as_their_names(table):
+    table.bytes[4:260] = 6
+
+
+def count_bos(table):
+    table.bytes[1] = 3
+
+
+def forget_boundaries(table):
+    table.boundary[:] = True
+
+
+def forget_spaces(table):
+    table.space[:] = False
+
+
+def one_frequent_piece(table):
+    table.bytes[table.bytes == 1] = 2
+
+
+@pytest.mark.parametrize("wrong", [
+    count_spaces_twice, count_byte_pieces_as_their_names, forget_boundaries, forget_spaces,
+    one_frequent_piece])
+def test_wrong_tables_are_caught(checked, wrong):
+    table, processor, tokens = checked
+    wrong(table)
+    with pytest.raises(tg.UserError, match=r"\d+ bytes.*\d+"):
+        tg.check_byte_table(table, processor, tokens)
+
+
+def test_the_table_of_another_tokenizer_is_caught(checked, tmp_path):
+    """Of the same size and even of the same pieces in another order."""
+    import sentencepiece
+
+    _, processor, tokens = checked
+    text = processor.decode(tokens[1:].tolist())[::-1]
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(text[at: at + 80] for at in range(0, len(text), 80)),
+        model_prefix=str(tmp_path / "other"), vocab_size=512, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, minloglevel=2)
+    other = tg.load_tokenizer(str(tmp_path / "other.model"), 512)
+    with pytest.raises(tg.UserError, match="do not belong together"):
+        tg.check_byte_table(tg.ByteTable(other), processor, tokens)
+
+
+def test_a_long_document_may_be_cut_inside_a_character(checked):
+    """Bytes of a character that is not in the vocabulary, at the end of what is sampled."""
+    table, processor, _ = checked
+    word, hieroglyph = processor.encode("word"), processor.encode("\U00013000")
+    assert len(hieroglyph) == 4 and all(processor.is_byte(i) for i in hieroglyph)
+    for shift in range(4):
+        document = [1, *(word[:1] * shift), *hieroglyph * 3000]
+        tg.check_byte_table(table, processor, torch.tensor(document, dtype=torch.int32))
