@@ -202,8 +202,9 @@ class Hyperparameters:
             if name in IGNORED_NAMES:
                 ignored.append(name)
             elif name in NOT_CARRIED:
-                if text not in ("", NOT_CARRIED[name]):
-                    errors.append(f"{name}={text}: this script does not carry that; only {name}={NOT_CARRIED[name]}")
+                if text and not _same_value(text, NOT_CARRIED[name]):
+                    errors.append(f"{name}={text}: this script does not carry that; leave it out, or set "
+                                  f"{name}={NOT_CARRIED[name]}")
             elif (meant := _field_of(name, text, env)) is None:
                 if hint := _near_miss(name):
                     errors.append(f"{name} is not a setting; did you mean {hint}?")
@@ -215,7 +216,8 @@ class Hyperparameters:
                     kind = type(getattr(Hyperparameters, field_name)).__name__
                     errors.append(f"{name}={text} is not a valid {kind}")
                     continue
-                if given.setdefault(field_name, (name, parsed))[1] != parsed:
+                first = given.setdefault(field_name, (name, parsed))
+                if first[0] != name and first[1] != parsed:
                     errors.append(f"{given[field_name][0]} and {name} say different things; set one of them")
         values = {**PRESETS[preset], **{key: value for key, (_, value) in given.items()}}
         hp = Hyperparameters(**{**values, "preset": preset, "ignored": tuple(sorted(ignored))})
@@ -256,6 +258,12 @@ class Hyperparameters:
              "TTT_FREEZE_BLOCKS (the blocks that are trained) must be at most NUM_LAYERS"),
             (any(not 2 <= bits <= 8 for bits in (self.attn_bits, self.mlp_bits, self.embed_bits)),
              "ATTN_BITS, MLP_BITS and EMBED_BITS must lie in 2..8"),
+            (self.beta1 >= 1 or self.beta2 >= 1, "BETA1 and BETA2 must be below 1"),
+            (self.seed >= 2 ** 32, "SEED must be below 2^32"),
+            (not self.logit_softcap, "LOGIT_SOFTCAP must be above 0"),
+            (len(set(self.ve_layers)) < len(self.ve_layers), "VE_LAYERS names a layer twice"),
+            (Path(self.run_id).name != self.run_id or self.run_id == "..",
+             "RUN_ID is the name of a folder under logs/"),
             (self.prune_pct >= 1, "PRUNE_PCT is a share and must be below 1"),
             (self.zstd_level > 22, "ZSTD_LEVEL must lie in 0..22"),
             (self.muon_momentum >= 1 or self.ema_decay >= 1, "MUON_MOMENTUM and EMA_DECAY must be below 1"),
@@ -364,6 +372,14 @@ def _field_of(name: str, text: str, env: Mapping[str, str]) -> tuple[str, str] |
     if isinstance(meant, dict):
         return meant.get(text or "0", ("late_qat", text))  # anything but 0 and 1 fails as a switch does
     return (meant, text) if meant in Hyperparameters.__dataclass_fields__ and meant != "ignored" else None
+
+
+def _same_value(a: str, b: str) -> bool:
+    """Whether two texts are equal, as numbers where both are."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
 
 
 def _edits(a: str, b: str) -> int:
@@ -496,7 +512,8 @@ class World:
 
 def key_values(values: Mapping[str, object]) -> str:
     """A mapping in the log's grammar, floats to five significant digits."""
-    return " ".join(f"{key}:{value:.5g}" if isinstance(value, float) else f"{key}:{value}" for key, value in values.items())
+    show = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
+    return " ".join(f"{key}:{show(value)}" for key, value in values.items())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -736,7 +753,7 @@ def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int
         ids = sample[start:end]
         counted += int(table.count(ids[:-1], ids[1:]).sum())
         decoded += len(processor.decode(ids[1:].tolist()).encode())
-    if abs(counted - decoded) > len(spans):
+    if abs(counted - decoded) > len(spans) + 12 * (len(starts) < 2):  # a cut character decodes to U+FFFD
         raise UserError(f"the byte table counts {counted} bytes where {len(spans)} decoded validation documents "
                         f"have {decoded}; tokenizer and shards do not belong together")
 
@@ -758,6 +775,9 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The weights that the codes stand for, float32."""
         return self.codes.float() * self.scales.float().unsqueeze(-1)
+
+
+Tensors = Mapping[str, QuantizedTensor | Tensor]
 
 
 def max_code_of(bits: int) -> int:
@@ -1058,7 +1078,8 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             loss = loss - log_p.gather(1, y).sum()
             if wanted:
                 slope = (1 - squashed * squashed) / N
-                to_logits = (log_p.exp().scatter_add(1, y, y.new_full(y.shape, -1, dtype=log_p.dtype)) * slope).to(h.dtype)
+                minus_one = torch.full_like(y, -1, dtype=log_p.dtype)
+                to_logits = (log_p.exp().scatter_add(1, y, minus_one) * slope).to(h.dtype)
                 to_hidden.append(to_logits @ cast)
                 to_weight += to_logits.mT @ h
         ctx.save_for_backward(*((torch.cat(to_hidden), to_weight) if wanted else ()))
@@ -1189,7 +1210,7 @@ def technique_proofs(model: GPT, tokens: Tensor, targets: Tensor) -> dict[str, d
     for name, (suffix, value) in knockouts(model).items():
         changed = {key: p for key, p in model.named_parameters() if key.endswith(suffix)}
         kept = {key: p.clone() for key, p in changed.items()}
-        for key, p in changed.items():
+        for p in changed.values():
             p.fill_(value)
             if name == "value_residual":
                 p[1] = 1.0  # V alone
@@ -1876,7 +1897,7 @@ class Reports:
         self.lag = 1 if world.device.type == "cuda" else 0
         self.first_step, self.first_second = step, watch.elapsed
         self.finished, self.clock = step, watch.elapsed  # the clock that all ranks agree on, and its step
-        self.stopping, self.loss = False, math.nan
+        self.stopping, self.loss, self.saved = False, math.nan, step
 
     def post(self, step: int, scale: float, slots: Tensor) -> None:
         """A step is on its way; start to copy its slots to the host."""
@@ -1897,13 +1918,18 @@ class Reports:
                 event.synchronize()
             self.loss, clock, stop = slots[:3].tolist()
             if not math.isfinite(self.loss):
-                raise UserError(f"the loss of step {step + 1} is {self.loss}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+                raise UserError(f"the loss of step {step + 1} is {self.loss}; lower MATRIX_LR, SCALAR_LR or "
+                                f"TIED_EMBED_LR{self.last_checkpoint()}")
             self.clock = clock / self.world.size
             self.stopping |= stop > 0
             seconds = self.watch.elapsed
             self.log.metric("train", step=step + 1, loss=self.loss, lr_scale=scale, seconds=round(seconds, 3))
             if (step + 1) % self.hp.train_log_every == 0 or step < 5 or step + 1 == self.hp.iterations:
                 self.log(self.line(step + 1, scale, seconds))
+
+    def last_checkpoint(self) -> str:
+        """Where a run that ends here can be taken up again."""
+        return f"; the last checkpoint is of step {self.saved}" if self.saved else "; there is no checkpoint"
 
     def line(self, step: int, scale: float, seconds: float) -> str:
         """The log line of a finished step."""
@@ -2016,6 +2042,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             save_checkpoint(folder, state | dict(
                 settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, qat_proof=qat_proof,
                 ema=ema.average.cpu(), swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count))
+        reports.saved = step
         log(f"checkpoint step:{step} file:{folder / 'checkpoint.pt'}")
 
     stop_requested = threading.Event()
@@ -2074,13 +2101,15 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     with budget.phase("average"):
         raw = flat.weights.clone()
         averages = {"ema": ema.average, "swa": swa.average if swa.count else raw, "none": raw}
-        losses = held_out_losses(hp, model, flat, averages, stream.held_out, world) if hp.averaging == "best" else {}
-        chosen = min(losses, key=losses.get) if losses else hp.averaging
+        best = hp.averaging == "best"
+        losses = held_out_losses(hp, model, flat, averages, stream.held_out, world) if best else {}
+        chosen = min(losses, key=losses.get) if best else hp.averaging
         flat.weights.copy_(averages[chosen])
     with budget.phase("proofs"):
         rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with world.autocast():
-            proofs = training_proofs(model, flat, qat, qat_proof, raw, rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+            proofs = training_proofs(model, flat, qat, qat_proof, raw, x, y)
     proofs["averaging"] |= {"exported": chosen, "held_out_losses": losses, "swa_snapshots": swa.count}
     return Trained(flat.state_dict(flat.weights), bool(qat_proof), facts, proofs)
 
@@ -2182,14 +2211,14 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
 
 def search_scales(weight: Tensor, hessian: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
     """Per row, the clip with the least Hessian-weighted rounding error; (k, out, in), (k, in, in) -> (k, out)."""
-    full = row_scales(weight, max_code, multiplier)
+    full = row_scales(weight, max_code)
     best, best_error = full, torch.full_like(full, math.inf)
     for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54):
         scales = storable(full * share)
         error = weight - round_to_grid(weight, scales, max_code).dequantize()
         weighted = ((error @ hessian) * error).sum(-1)
         best, best_error = torch.where(weighted < best_error, scales, best), torch.minimum(weighted, best_error)
-    return best
+    return best * multiplier
 
 
 def lite_scales(weight: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
@@ -2272,13 +2301,13 @@ def prune_smallest(weight: Tensor, share: float) -> Tensor:
     count = int(share * weight.numel())
     if not count:
         return weight
-    threshold = weight.abs().flatten().kthvalue(count).values
-    return weight.masked_fill(weight.abs() <= threshold, 0.0)
+    smallest = weight.abs().flatten().topk(count, largest=False).indices
+    return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
 
 
 @torch.no_grad()
 def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], hp: Hyperparameters, world: World,
-                   multiplier: float = 1.0, trained_grid: bool = False) -> tuple[dict[str, QuantizedTensor | Tensor], dict]:
+                   multiplier: float = 1.0, trained_grid: bool = False) -> tuple[Tensors, dict]:
     """Quantise a state dict by role: block matrices by QUANTIZER, embeddings by plain rounding, the rest to fp16.
 
     multiplier    of all matrix scales, see row_scales
@@ -2293,8 +2322,9 @@ def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
     for name, max_code in max_codes.items():
         groups.setdefault((tuple(weights[name].shape), max_code), []).append(name)
     done: dict[str, QuantizedTensor | Tensor] = {}
-    report = {role: {"matrices": 0, "error_rounding": 0.0, "error": 0.0, "floored_rows": 0} for role in ("attn", "mlp")}
-    report["matrices"] = {}
+    report: dict[str, dict] = {"matrices": {}}
+    for role in ("attn", "mlp"):
+        report[role] = {"matrices": 0, "error_rounding": 0.0, "error": 0.0, "floored_rows": 0}
     for (shape, max_code), names in groups.items():
         mine = world.shard(len(names))
         codes = torch.zeros(len(names), *shape, dtype=torch.int8, device=world.device)
@@ -2302,7 +2332,8 @@ def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
         errors = torch.zeros(2, len(names), dtype=torch.float64, device=world.device)
         if len(mine):
             own = slice(mine.start, mine.stop)
-            W = torch.stack([prune_smallest(weights[name].to(world.device).float(), hp.prune_pct) for name in names[own]])
+            latent = [weights[name].to(world.device).float() for name in names[own]]
+            W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[name] for name in names[own]])
             cheap = storable(row_scales(W, max_code, multiplier))
             plain = round_to_grid(W, cheap, max_code)
@@ -2345,7 +2376,7 @@ def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
 
 MAGIC, FORMAT_VERSION = b"PGOLFGPT", 1
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
-MOST_HEADER_BYTES, MOST_BYTES = 1 << 24, 1 << 31
+MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 24, 1 << 31, 64
 RAW_DTYPES = {str(dtype)[6:]: dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -2368,14 +2399,15 @@ def decompress(data: bytes, size: int) -> bytes:
     try:
         if zstandard.frame_content_size(data) != size:
             raise UserError("damaged artifact: a frame does not hold what the header says")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False) if size else b""
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise UserError(f"damaged artifact: {error}") from None
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """A tensor's elements in row order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
 
 def bytes_tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -2383,7 +2415,7 @@ def bytes_tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-def pack(config: dict, tensors: Mapping[str, QuantizedTensor | Tensor], level: int = 22) -> bytes:
+def pack(config: dict, tensors: Tensors, level: int = 22) -> bytes:
     """Config (any JSON dict) and tensors as one self-contained file; scales are stored as fp16.
 
     Raises ValueError for what the format cannot hold. The same input gives the same bytes.
@@ -2394,7 +2426,7 @@ def pack(config: dict, tensors: Mapping[str, QuantizedTensor | Tensor], level: i
         tensor = tensors[name]
         if isinstance(tensor, QuantizedTensor):
             codes = tensor.codes.cpu()
-            if not 1 <= tensor.max_code <= 127 or codes.numel() and codes.abs().max() > tensor.max_code:
+            if not 1 <= tensor.max_code <= 127 or codes.numel() and codes.int().abs().max() > tensor.max_code:
                 raise ValueError(f"{name}: codes must lie within +-max_code, and max_code within 1..127")
             scales = tensor.scales.detach().cpu().half()
             if tuple(scales.shape) != tuple(codes.shape[:-1]) or not torch.isfinite(scales).all():
@@ -2421,7 +2453,7 @@ def pack(config: dict, tensors: Mapping[str, QuantizedTensor | Tensor], level: i
     return body + hashlib.sha256(body).digest()
 
 
-def unpack(blob: bytes) -> tuple[dict, dict[str, QuantizedTensor | Tensor]]:
+def unpack(blob: bytes) -> tuple[dict, Tensors]:
     """The config and tensors that `pack` was given; executes nothing from the file.
 
     Raises ValueError on any damage, on a trailing byte, and on a header that claims more than the file can hold.
@@ -2443,18 +2475,24 @@ def unpack(blob: bytes) -> tuple[dict, dict[str, QuantizedTensor | Tensor]]:
         raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
 
 
-def _unpack_tensors(header: dict, payload: memoryview) -> dict[str, QuantizedTensor | Tensor]:
+def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
     """Check every size that the header claims against the others, then take the memory."""
     needed: dict[str, int] = {}
-    for _, kind, shape, section, max_code in header["tensors"]:
-        if any(not isinstance(n, int) or not 0 <= n <= MOST_BYTES for n in shape) or math.prod(shape) > MOST_BYTES:
+    names = [entry[0] for entry in header["tensors"]]
+    if any(not isinstance(name, str) for name in names) or len(set(names)) < len(names) \
+            or not isinstance(header["config"], dict):
+        raise UserError("damaged artifact: impossible names or config")
+    for _name, kind, shape, section, max_code in header["tensors"]:
+        whole = type(max_code) is int and len(shape) <= MOST_DIMS
+        if not whole or any(type(n) is not int or not 0 <= n <= MOST_BYTES for n in shape) \
+                or math.prod(shape) > MOST_BYTES:
             raise UserError("damaged artifact: impossible tensor shape")
         width = 1 if kind == "codes" else RAW_DTYPES[kind].itemsize
         needed[section] = needed.get(section, 0) + math.prod(shape) * width
         if kind == "codes":
             needed["scales"] = needed.get("scales", 0) + 2 * math.prod(shape[:-1])
     claimed = {key: plain for key, _, plain in header["sections"]}
-    if claimed != needed or sum(needed.values()) > MOST_BYTES \
+    if claimed != needed or len(claimed) < len(header["sections"]) or sum(needed.values()) > MOST_BYTES \
             or sum(packed for _, packed, _ in header["sections"]) != len(payload):
         raise UserError("damaged artifact: sections and tensors do not add up")
     plain, at, taken = {}, 0, dict.fromkeys(needed, 0)
@@ -2474,6 +2512,8 @@ def _unpack_tensors(header: dict, payload: memoryview) -> dict[str, QuantizedTen
             if not 1 <= max_code <= 127 or codes.numel() and codes.max() > 2 * max_code:
                 raise UserError("damaged artifact: a code is off its grid")
             scales = bytes_tensor(take("scales", 2 * math.prod(shape[:-1])), torch.float16, shape[:-1])
+            if not torch.isfinite(scales).all():
+                raise UserError("damaged artifact: a scale is not finite")
             tensors[name] = QuantizedTensor((codes - max_code).view(torch.int8), scales.float(), max_code)
         else:
             width = RAW_DTYPES[kind].itemsize
@@ -2481,7 +2521,7 @@ def _unpack_tensors(header: dict, payload: memoryview) -> dict[str, QuantizedTen
     return tensors
 
 
-def byte_report(blob: bytes, tensors: Mapping[str, QuantizedTensor | Tensor]) -> dict:
+def byte_report(blob: bytes, tensors: Tensors) -> dict:
     """Packed bytes by section, and the order-0 entropy that the codes of each could reach."""
     _, _, small, size = PREFIX.unpack_from(blob)
     header = json.loads(decompress(blob[PREFIX.size: PREFIX.size + small], size))
@@ -2494,7 +2534,8 @@ def byte_report(blob: bytes, tensors: Mapping[str, QuantizedTensor | Tensor]) ->
     for key, packed, plain in header["sections"]:
         report[key] = {"bytes": packed, "plain_bytes": plain}
         if key in histograms:
-            report[key]["entropy_bytes"] = code_entropy_bits(histograms[key]) / 8
+            report[key]["entropy_bytes"] = round(code_entropy_bits(histograms[key]) / 8)
+            report[key]["over_entropy"] = packed / max(report[key]["entropy_bytes"], 1)
     return report
 
 
@@ -2515,7 +2556,8 @@ def rungs(hp: Hyperparameters) -> Iterator[tuple[str, Hyperparameters]]:
             hp = dataclasses.replace(hp, embed_bits=bits)
             yield f"embed_bits:{bits}", hp
     while max(hp.mlp_bits, hp.attn_bits) > 2:
-        hp = dataclasses.replace(hp, mlp_bits=max(hp.mlp_bits - 1, 2), attn_bits=max(hp.attn_bits - 1, 2), int6_last_n=0)
+        fewer = {"mlp_bits": max(hp.mlp_bits - 1, 2), "attn_bits": max(hp.attn_bits - 1, 2), "int6_last_n": 0}
+        hp = dataclasses.replace(hp, **fewer)
         yield f"bits:{hp.attn_bits}/{hp.mlp_bits}", hp
 
 
@@ -2533,8 +2575,9 @@ def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: M
             forecast = rate.bytes(multiplier)
             tensors, errors = quantize_model(weights, hessians, eased, world, multiplier, trained_grid)
             blob = pack(artifact_config(hp, facts), tensors, hp.zstd_level)
-            log(f"pack rung:{rung} multiplier:{multiplier:.4f} forecast:{forecast:.0f}B model:{len(blob)}B room:{room}B "
-                f"error:{sum(errors[role]['error'] for role in ('attn', 'mlp')):.6g}")
+            error = errors["attn"]["error"] + errors["mlp"]["error"]
+            log(f"pack rung:{rung} multiplier:{multiplier:.4f} forecast:{forecast:.0f}B model:{len(blob)}B "
+                f"room:{room}B error:{error:.6g}")
             if len(blob) <= room:
                 errors["multiplier"] = multiplier
                 return blob, errors, byte_report(blob, tensors)
@@ -2549,13 +2592,18 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     """Rebuild the model from the file alone; every other setting is the caller's."""
     config, tensors = unpack(blob)
     try:
-        model_settings = {key: tuple(value) if isinstance(value, list) else value for key, value in config["model"].items()}
-        hp = dataclasses.replace(hp, **{key: model_settings[key] for key in MODEL_SETTINGS})
+        settings = {key: config["model"][key] for key in MODEL_SETTINGS}
+        settings["ve_layers"] = tuple(settings["ve_layers"])
+        if settings["num_layers"] > len(tensors) or any(
+                type(value) is not type(getattr(hp, key)) for key, value in settings.items()):
+            raise TypeError("a setting is of the wrong type, or far too large")
+        hp = dataclasses.replace(hp, **settings)
         if wrong := list(hp.problems()):
             raise UserError(f"the artifact's settings do not fit this run: {wrong[0]}")
         with torch.device("meta"):
             model = GPT(hp)
-        weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float() for name, t in tensors.items()}
+        weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float()
+                   for name, t in tensors.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the artifact does not describe a model of this script: {str(error).splitlines()[0]}") from None
@@ -2590,7 +2638,7 @@ def ttt_optimiser(parameters: Mapping[str, nn.Parameter], hp: Hyperparameters) -
     for name, p in parameters.items():
         factor = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5}.get(".".join(name.split(".")[-3:]), 1.0)
         rates.setdefault(factor if hp.ttt_perlayer_lr else 1.0, []).append(p)
-    groups = [dict(params=params, lr=hp.ttt_lr * factor, base_lr=hp.ttt_lr * factor) for factor, params in rates.items()]
+    groups = [dict(params=params, lr=hp.ttt_lr * f, base_lr=hp.ttt_lr * f) for f, params in rates.items()]
     if hp.ttt_optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=hp.ttt_momentum)
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -2615,6 +2663,7 @@ class ChunkTrainer:
         self.optimiser = ttt_optimiser(self.parameters, hp)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.polyak = {name: p.clone() for name, p in self.start.items()} if hp.use_polyak else {}
+        self.trained = sum(p.numel() for p in self.parameters.values())
         self.steps, self.seq_len = 0, hp.ttt_seq_len or hp.eval_seq_len
 
     @torch.enable_grad()
@@ -2668,7 +2717,8 @@ class ChunkTrainer:
 
 
 def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparameters, world: World, log: RunLog,
-                 seconds: float = math.inf, score_fn: Callable = token_losses, nll: Tensor | None = None) -> tuple[Score, dict]:
+                 seconds: float = math.inf, score_fn: Callable = token_losses,
+                 nll: Tensor | None = None) -> tuple[Score, dict]:
     """Score every position once with sliding windows, training on each chunk after it is scored.
 
     tokens, byte_counts, score_fn, nll as for `evaluate`; seconds is what is left of the evaluation clock: training
@@ -2683,8 +2733,9 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
         parts[window[2] // size].append(window)
     trainer = ChunkTrainer(model, hp, world)
     batch_tokens = scoring_batch_tokens(hp, world)
-    log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{sum(p.numel() for p in trainer.parameters.values())} "
-        f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")
+    log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{trainer.trained} "
+        f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
+        f"batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")
     total, progress = Score(), Progress(log, "ttt", positions)
     start = time.perf_counter()
     scoring = training = 0.0
@@ -2716,7 +2767,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
     proof = {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
              "weight_change": trainer.change(), "score_seconds": scoring, "train_seconds": training,
-             "parameters": sum(p.numel() for p in trainer.parameters.values())}
+             "parameters": trainer.trained}
     return total, proof
 
 
@@ -2746,7 +2797,8 @@ def hardware(world: World) -> str:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or "CPU"
     return (f"device:{world.size}x {name} threads:{torch.get_num_threads()} python:{platform.python_version()} "
             f"torch:{torch.__version__} numpy:{np.__version__} sentencepiece:{sentencepiece.__version__} "
             f"zstandard:{zstandard.__version__}")
@@ -2754,9 +2806,11 @@ def hardware(world: World) -> str:
 
 def choose_attention(hp: Hyperparameters, model: GPT, world: World) -> str:
     """Give every layer the fastest attention kernel at hand; returns its name for the log."""
-    fa3 = flash_attention_3() if hp.attention != "sdpa" and world.device.type == "cuda" and world.dtype == torch.bfloat16 else None
+    half_on_cuda = world.device.type == "cuda" and world.dtype == torch.bfloat16
+    fa3 = flash_attention_3() if hp.attention != "sdpa" and half_on_cuda else None
     if fa3 is None and hp.attention == "fa3":
-        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package; use ATTENTION=auto")
+        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package; "
+                        "use ATTENTION=auto")
     on_cpu = world.device.type == "cpu"
     for block in model.blocks:
         block.attn.attend = fa3 or (cpu_attention if on_cpu and hp.attention == "auto" else sdpa_attention)
@@ -2813,7 +2867,8 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
     shards = read_split(hp.data_path, "train")
     check_ids(shards, hp.vocab_size, world)
     stream = TokenStream(shards)
-    log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} held_out:{len(stream.held_out)}")
+    log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} "
+        f"held_out:{len(stream.held_out)}")
     model = GPT(hp).to(world.device)
     log(f"attention:{choose_attention(hp, model, world)}")
 
@@ -2867,21 +2922,24 @@ def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(f"{path} holds another model than the settings describe; use the settings it was trained with") from None
+        raise UserError(f"{path} holds another model than the settings describe; use the settings it was "
+                        f"trained with") from None
     model.to(world.device)
     choose_attention(hp, model, world)
     with budget.phase("calibrate"):
-        sequences = TokenStream(read_split(hp.data_path, "train")).sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
+        stream = TokenStream(read_split(hp.data_path, "train"))
+        sequences = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
         hessians = collect_hessians(model, sequences, world)
     facts = {key: result.get(key) for key in ("preset", "seed", "steps", "script_sha256", "corpus")}
     with budget.phase("quantise and pack"):
-        blob, errors, sections = fit_artifact(hp, weights, hessians, facts, world, log, code_bytes, bool(result.get("qat_ran")))
+        blob, errors, sections = fit_artifact(hp, weights, hessians, facts, world, log, code_bytes,
+                                              trained_grid=bool(result.get("qat_ran")))
     for role in ("attn", "mlp"):
         e = errors[role]
-        log(f"proof technique:{hp.quantizer} role:{role} matrices:{e['matrices']} error:{e['error']:.6g} rounding:{e['error_rounding']:.6g} "
-            f"ratio:{e['error'] / max(e['error_rounding'], 1e-30):.3f} rows_on_floor:{e['floored_rows']}")
+        ratio = e["error"] / max(e["error_rounding"], 1e-30)
+        log(f"proof technique:{hp.quantizer} role:{role} {key_values(e)} ratio:{ratio:.3f}")
     for name, section in sections.items():
-        log(f"bytes section:{name} " + " ".join(f"{key}:{value:.0f}" for key, value in section.items()))
+        log(f"bytes section:{name} {key_values(section)}")
     result["proofs"]["quantizer"] = errors
     result["artifact"] = {"model_bytes": len(blob), "code_bytes": code_bytes, "total_bytes": len(blob) + code_bytes,
                           "limit": hp.artifact_limit, "codec": f"zstd-{hp.zstd_level}", "sections": sections,
@@ -2953,7 +3011,8 @@ def run(hp: Hyperparameters, world: World) -> None:
         f"val_bytes:{int(validation.byte_counts.sum(dtype=torch.int64))}")
     result = read_result(folder) | {
         "preset": hp.preset, "seed": hp.seed, "script_sha256": hashlib.sha256(source).hexdigest(),
-        "corpus": validation.corpus, "data_path": hp.data_path, "hardware": hardware(world), "world_size": world.size}
+        "corpus": validation.corpus, "data_path": hp.data_path, "hardware": hardware(world),
+        "world_size": world.size}
     result["changed"] = hp.changed() if "train" in stages else result.get("changed", hp.changed())
     training, evaluation = Budget(world, hp.max_wallclock_seconds), Budget(world, hp.eval_seconds)
 
@@ -2979,7 +3038,8 @@ def run(hp: Hyperparameters, world: World) -> None:
     save()
     if "artifact" in result:
         sizes = result["artifact"]
-        log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B total:{sizes['total_bytes']}B limit:{sizes['limit']}B")
+        log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B total:{sizes['total_bytes']}B "
+            f"limit:{sizes['limit']}B")
     log(f"files:{folder}")
 
 

@@ -60,10 +60,11 @@ def summary(folder: Path, text_path: Path | None) -> str:
     if "artifact" in result:
         a = result["artifact"]
         verdict = "fits" if a["total_bytes"] <= a["limit"] else "OVER THE LIMIT"
-        lines += ["", "artifact", f"  model {a['model_bytes']:,} B + code {a['code_bytes']:,} B = {a['total_bytes']:,} B "
-                  f"of {a['limit']:,} B ({verdict})"]
+        lines += ["", "artifact", f"  model {a['model_bytes']:,} B + code {a['code_bytes']:,} B "
+                  f"= {a['total_bytes']:,} B of {a['limit']:,} B ({verdict})"]
     lines += ["", "clocks", *budget_lines(result), "", "files"]
-    lines += [f"  {path}" for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("checkpoint")]
+    lines += [f"  {path}" for path in sorted(folder.iterdir())
+              if path.is_file() and not path.name.startswith("checkpoint")]
     return "\n".join(lines)
 
 

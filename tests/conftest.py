@@ -1,4 +1,4 @@
-"""What the tests share: the repository's root on the path, a small real corpus, and the smallest full-recipe settings."""
+"""What the tests share: the root on the path, a small real corpus, the smallest settings with every technique on."""
 import io
 import os
 import subprocess
@@ -25,8 +25,9 @@ def write_shard(path: Path, tokens) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> dict[str, str]:
     """Python's own documentation as shards with a 512-piece tokenizer; the settings that point to it."""
-    import sentencepiece
     from pydoc_data.topics import topics
+
+    import sentencepiece
 
     folder = tmp_path_factory.mktemp("corpus")
     documents = [text.strip() for _, text in sorted(topics.items()) if text.strip()]
@@ -59,11 +60,14 @@ def tiny(corpus) -> dict[str, str]:
         "TRAIN_LOG_EVERY": "10", "LATE_QAT_THRESHOLD": "0.5"}
 
 
-def run_script(folder: Path, env: dict[str, str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
+def run_script(
+    folder: Path, env: dict[str, str], processes: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess:
     """train_gpt.py through the command line in a folder of its own, under torchrun for several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     clean = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "CXX") if key in os.environ}
-    return subprocess.run([*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
-                          capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
+        capture_output=True, text=True, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: every technique on and proved, artifacts alone, ranks, the compiler, mistakes."""
+"""Whole runs through the command line: techniques proved, artifacts alone, ranks, the compiler, mistakes."""
 
 import contextlib
 import hashlib
@@ -77,8 +77,8 @@ def test_a_full_run_ends_well_and_says_its_scores(full_run):
         assert float(line[1]) == pytest.approx(result["bpb"][name], abs=1e-7)
         assert 1 < result["bpb"][name] < 6
     sizes = result["artifact"]
-    line = "artifact model:{model_bytes}B code:{code_bytes}B total:{total_bytes}B limit:16000000B".format(**sizes)
-    assert line in process.stdout.splitlines()
+    line = "artifact model:{model_bytes}B code:{code_bytes}B total:{total_bytes}B limit:{limit}B"
+    assert line.format(**sizes) in process.stdout.splitlines()
     log = (folder / "logs/run/log.txt").read_text()
     assert log.startswith((ROOT / "train_gpt.py").read_text().split("\n")[0])
     assert all(line in log for line in process.stdout.splitlines())
@@ -105,7 +105,10 @@ def test_the_result_has_every_field(full_run, tiny):
     assert set(result["bpb"]) == set(SCORES)
     sizes, blob = result["artifact"], (folder / "logs/run/artifact.bin").read_bytes()
     assert sizes["model_bytes"] == len(blob) and sizes["code_bytes"] == len(script)
-    assert sizes["total_bytes"] == len(blob) + len(script) < sizes["limit"] == 16_000_000 and "zstd" in sizes["codec"]
+    assert (
+        sizes["total_bytes"] == len(blob) + len(script) < sizes["limit"] == 16_000_000
+        and "zstd" in sizes["codec"]
+    )
     for clock, phases in (("training", {"train", "calibrate"}), ("evaluation", {"load", "roundtrip", "ttt"})):
         budget = result["budget"][clock]
         assert phases <= set(budget["counted"]) and budget["within"]
@@ -115,7 +118,8 @@ def test_the_result_has_every_field(full_run, tiny):
 def test_every_technique_proves_itself(full_run):
     folder, process = full_run
     proofs = read(folder)["proofs"]
-    expected = {"value_residual", "gated_attention", "smear_gate", "bigram_hash", "value_embedding", "unet_skips", "xsa"}
+    expected = {"value_residual", "gated_attention", "smear_gate", "bigram_hash", "value_embedding"}
+    expected |= {"unet_skips", "xsa"}
     assert set(proofs["techniques"]) == expected
     for name, proof in proofs["techniques"].items():
         assert proof["loss"] != proof["loss_without"], name
@@ -163,7 +167,7 @@ def test_the_artifact_is_the_model_that_was_scored(full_run, tiny):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, tiny, artifact):
-    """The artifact alone, scored by 1, 2 and 3 processes in folders of their own: the finished processes, results."""
+    """The artifact alone, scored by 1, 2 and 3 processes, each in a folder of its own: processes, results."""
     runs = {}
     for processes in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"scored{processes}")
@@ -204,18 +208,40 @@ def test_stages_one_at_a_time_equal_all_at_once(full_run, tiny, tmp_path):
         assert code == 0, errors
     result = read(tmp_path)
     assert result["bpb"] == whole["bpb"]
-    assert result["proofs"]["qat"] == whole["proofs"]["qat"] and result["artifact"]["sha256"] == whole["artifact"]["sha256"]
-    assert (tmp_path / "logs/run/artifact.bin").read_bytes() == (full_run[0] / "logs/run/artifact.bin").read_bytes()
+    assert result["proofs"]["qat"] == whole["proofs"]["qat"]
+    assert result["artifact"]["sha256"] == whole["artifact"]["sha256"]
+    assert (tmp_path / "logs/run/artifact.bin").read_bytes() == (
+        full_run[0] / "logs/run/artifact.bin"
+    ).read_bytes()
     assert set(result["budget"]) == {"training", "evaluation"}
-    assert {"train", "calibrate"} <= set(result["budget"]["training"]["counted"])  # one clock over both stages
+    assert {"train", "calibrate"} <= set(result["budget"]["training"]["counted"])
 
 
-def test_two_processes_train_like_one(full_run, tiny, tmp_path):
-    process = run_script(tmp_path, tiny | {"RUN_ID": "run", "STAGES": "train"}, processes=2)
-    assert process.returncode == 0, process.stderr
-    one, two = training_losses(full_run[0])[:20], training_losses(tmp_path)[:20]
-    assert len(two) == 20 and two == pytest.approx(one, rel=1e-4)
-    assert len({round(loss, 2) for loss in one}) > 10
+def test_two_processes_train_like_one(tiny, tmp_path):
+    """Two ranks are two micro-steps: the same partial sums in the same order, so the same numbers, with QAT.
+
+    Against one micro-step the sums are rounded differently, which orthogonalising in bf16 makes larger.
+    """
+    calm = tiny | {"MATRIX_LR": "0.008", "SCALAR_LR": "0.008", "TIED_EMBED_LR": "0.01"}
+    calm |= {"RUN_ID": "run", "STAGES": "train"}
+    runs = {}
+    for name, processes, changes in (
+        ("two", 2, {}),
+        ("halves", 1, {"GRAD_ACCUM_STEPS": "2"}),
+        ("one", 1, {}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        if processes == 1:
+            code, _, errors = run_here(folder, calm | changes)
+        else:
+            process = run_script(folder, calm | changes, processes)
+            code, errors = process.returncode, process.stderr
+        assert code == 0, errors
+        runs[name] = training_losses(folder)
+    assert len(runs["two"]) == 24 and len({round(loss, 2) for loss in runs["two"]}) > 10
+    assert runs["two"] == pytest.approx(runs["halves"], rel=2e-5)
+    assert runs["two"][:20] == pytest.approx(runs["one"][:20], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -223,15 +249,18 @@ def test_two_processes_train_like_one(full_run, tiny, tmp_path):
 def test_the_compiled_run_equals_the_eager_one(tiny, tmp_path):
     """Few shapes, so that the compiler has little to do; scores from compiled windows."""
     small = tiny | {
-        "NUM_LAYERS": "2", "NUM_KV_HEADS": "4", "MLP_MULT": "1", "BIGRAM_DIM": "64", "VE_DIM": "64", "VE_LAYERS": "1",
-        "XSA_LAST_N": "1", "EVAL_STRIDE": "128", "SKIP_SLIDING": "1", "VAL_BATCH_SIZE": "2048", "WARMUP_STEPS": "1",
+        "NUM_LAYERS": "2", "NUM_KV_HEADS": "4", "MLP_MULT": "1", "BIGRAM_DIM": "64", "VE_DIM": "64",
+        "VE_LAYERS": "1", "XSA_LAST_N": "1", "EVAL_STRIDE": "128", "SKIP_SLIDING": "1",
+        "VAL_BATCH_SIZE": "2048", "WARMUP_STEPS": "1",
     }  # fmt: skip
     for compiled in "01":
         process = run_script(tmp_path, small | {"COMPILE": compiled, "RUN_ID": f"run{compiled}"}, timeout=600)
         assert process.returncode == 0, process.stderr
     eager, fast = read(tmp_path, "run0"), read(tmp_path, "run1")
     assert fast["compiled"] and not eager["compiled"]
-    assert training_losses(tmp_path, "run1")[:20] == pytest.approx(training_losses(tmp_path, "run0")[:20], rel=1e-3)
+    assert training_losses(tmp_path, "run1")[:20] == pytest.approx(
+        training_losses(tmp_path, "run0")[:20], rel=1e-3
+    )
     assert fast["bpb"]["ttt"] == pytest.approx(eager["bpb"]["ttt"], abs=0.01)
     qat = fast["proofs"]["qat"]
     assert qat["first_step"] == eager["proofs"]["qat"]["first_step"]
@@ -241,7 +270,13 @@ def test_the_compiled_run_equals_the_eager_one(tiny, tmp_path):
 
 
 def test_compile_auto_runs_eagerly_without_a_compiler(tiny, tmp_path):
-    env = tiny | {"RUN_ID": "run", "STAGES": "train", "ITERATIONS": "1000000", "PATH": str(tmp_path), "CXX": ""}
+    env = tiny | {
+        "RUN_ID": "run",
+        "STAGES": "train",
+        "ITERATIONS": "1000000",
+        "PATH": str(tmp_path),
+        "CXX": "",
+    }
     env |= {"MAX_WALLCLOCK_SECONDS": "1", "TRAIN_LOG_EVERY": "1000"}
     code, out, errors = run_here(tmp_path, env)
     assert code == 0, errors
@@ -257,10 +292,13 @@ def test_compile_auto_runs_eagerly_without_a_compiler(tiny, tmp_path):
 def test_importing_does_nothing(tmp_path):
     """In an empty folder with an empty environment: no output, no file, no device, no process group."""
     code = (
-        f"import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {str(ROOT)!r}); import train_gpt, torch; "
+        f"import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {str(ROOT)!r}); "
+        "import train_gpt, torch; "
         "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True
+    )
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -269,7 +307,8 @@ def test_help_lists_every_setting(tmp_path):
     command = [sys.executable, str(ROOT / "train_gpt.py"), "--help"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == ""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in process.stdout.splitlines() if line.startswith("|")]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     table = {row[0]: row for row in rows}
     header = rows[0]
     presets = {name: header.index(name) for name in ("smoke", "pr606", "pr601")}
@@ -330,9 +369,9 @@ def wrong(name, tiny, folder):
 
 
 MISTAKES = (
-    "misspelt", "bad value", "no data", "no training data", "short shard", "empty shard", "damaged validation",
-    "foreign ids", "no tokenizer", "not a tokenizer", "wrong tokenizer size", "short validation", "missing artifact",
-    "no model", "no run",
+    "misspelt", "bad value", "no data", "no training data", "short shard", "empty shard",
+    "damaged validation", "foreign ids", "no tokenizer", "not a tokenizer", "wrong tokenizer size",
+    "short validation", "missing artifact", "no model", "no run",
 )  # fmt: skip
 
 
@@ -399,7 +438,9 @@ def test_a_damaged_artifact_is_refused(artifact, tiny, tmp_path, damage):
         blob[len(blob) // 2] ^= 4
     blob = {"truncated": blob[:-500], "longer": blob + b"\0", "empty": b""}.get(damage, blob)
     (tmp_path / "bad.bin").write_bytes(blob)
-    code, out, errors = run_here(tmp_path, tiny | {"ARTIFACT": "bad.bin", "STAGES": "evaluate", "RUN_ID": "run"})
+    code, out, errors = run_here(
+        tmp_path, tiny | {"ARTIFACT": "bad.bin", "STAGES": "evaluate", "RUN_ID": "run"}
+    )
     check_error(errors, "artifact")
     assert code == 1 and "final_" not in out
 

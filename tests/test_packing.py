@@ -213,21 +213,21 @@ def entropy_bytes(codes):
     return float(-(share * share.log2()).sum() * counts.sum() / 8)
 
 
-@pytest.mark.parametrize("level", [1, 22])
+@pytest.mark.parametrize("level", [1, 3, 22])
 def test_gaussian_codes_come_close_to_their_entropy(level):
     tensors = {f"blocks.{i}.{part}.weight": quantized(1000, 500, 15, 2 * i + (part < "b"), spread=2.85)
                for i in range(2) for part in ("attn.c_q", "mlp.fc")}
     blob = tg.pack({}, tensors, level=level)
     bound = entropy_bytes(torch.cat([t.codes.flatten() for t in tensors.values()]))
     scales = 2 * 4 * 1000
-    assert bound < len(blob) <= 1.01 * bound + scales + 2000
+    assert bound < len(blob) <= 1.007 * bound + scales + 2000
     report = tg.byte_report(blob, tensors)
     assert sum(section["bytes"] for section in report.values()) == len(blob)
     for role in ("attn", "mlp"):
         section = report[f"{role}.15"]
         expected = entropy_bytes(torch.cat([t.codes for n, t in tensors.items() if f".{role}." in n]))
         assert section["entropy_bytes"] == pytest.approx(expected) and section["plain_bytes"] == 1_000_000
-        assert section["bytes"] <= 1.01 * expected
+        assert section["bytes"] <= 1.007 * expected
     assert report["scales"]["plain_bytes"] == scales
 
 

@@ -1,4 +1,4 @@
-"""Fake quantisation: the weights it shows, the gradients it passes on, when it runs, and that the compiler sees it."""
+"""Fake quantisation: the weights it shows, the gradients it passes on, its schedule, and the compiler."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ import torch
 import train_gpt as tg
 
 SMALL = {
-    "PRESET": "smoke", "DTYPE": "fp32", "DEVICE": "cpu", "VOCAB_SIZE": "64", "NUM_LAYERS": "3", "MODEL_DIM": "64",
-    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "ROPE_DIMS": "8", "XSA_LAST_N": "2",
-    "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "32", "VE_DIM": "32", "VE_LAYERS": "1,2", "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32",
-    "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "16", "TTT_CHUNK_TOKENS": "64", "WARMUP_STEPS": "1",
+    "PRESET": "smoke", "DTYPE": "fp32", "DEVICE": "cpu", "VOCAB_SIZE": "64", "NUM_LAYERS": "3",
+    "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "ROPE_DIMS": "8",
+    "XSA_LAST_N": "2", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "32", "VE_DIM": "32", "VE_LAYERS": "1,2",
+    "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32", "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "16",
+    "TTT_CHUNK_TOKENS": "64", "WARMUP_STEPS": "1",
 }  # fmt: skip
 
 
@@ -298,7 +299,7 @@ def loss_of_a_step(stepper, scale, qat_on):
 
 
 def test_the_compiled_model_trains_with_qat_and_nothing_recompiles(monkeypatch):
-    """The trap of #315, #421 and #606: a flag inside the graph is folded away, or recompiles at every alpha."""
+    """The trap of #315, #421 and #606: a flag in the graph is folded away, or recompiles at every alpha."""
     graphs = []
 
     def counting(graph, _inputs):
@@ -336,7 +337,7 @@ def test_a_step_with_qat_moves_the_latent_weights(soft):
 
 
 def test_training_with_soft_rounding_draws_weights_to_the_grid():
-    """With the sharpest staircase, gradients vanish off its edges: weights leave the edges and settle near codes."""
+    """The gradients of a sharp staircase are large at its edges: weights leave them and settle near codes."""
     hp = settings(train_batch_tokens=512)
     distances = {}
     for on in (True, False):

@@ -11,8 +11,8 @@ from reference import hessian_error, reference_round
 import train_gpt as tg
 
 ENV = {"PRESET": "smoke", "DEVICE": "cpu", "DTYPE": "fp32", "NUM_LAYERS": "3", "MODEL_DIM": "64",
-       "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "VOCAB_SIZE": "256", "BIGRAM_VOCAB_SIZE": "128",
-       "BIGRAM_DIM": "32", "VE_DIM": "32", "VE_LAYERS": "1,2", "ROPE_DIMS": "8"}
+       "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "VOCAB_SIZE": "256",
+       "BIGRAM_VOCAB_SIZE": "128", "BIGRAM_DIM": "32", "VE_DIM": "32", "VE_LAYERS": "1,2", "ROPE_DIMS": "8"}
 MATRICES = [f"blocks.{i}.{part}.weight" for i in range(3)
             for part in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")]
 EMBEDDINGS = ["tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"]

@@ -49,5 +49,6 @@ def test_summary_shows_scores_bytes_and_clocks(tmp_path):
 
 
 def test_summary_of_a_folder_without_a_result(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "records/summary.py"), str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "records/summary.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error:") and "Traceback" not in done.stderr

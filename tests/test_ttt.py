@@ -1,4 +1,4 @@
-"""Score-first test-time training: every position once, nothing seen before it is scored, against loops in float64."""
+"""Score-first test-time training: each position once, nothing seen before its score, loops in float64."""
 
 import math
 
@@ -9,11 +9,12 @@ import train_gpt as tg
 
 SIZE, SEQ, STRIDE = 64, 32, 8
 SMALL = {
-    "PRESET": "smoke", "DTYPE": "fp32", "DEVICE": "cpu", "VOCAB_SIZE": "48", "NUM_LAYERS": "2", "MODEL_DIM": "32",
-    "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2", "ROPE_DIMS": "8", "XSA_LAST_N": "1", "BIGRAM_VOCAB_SIZE": "64",
-    "BIGRAM_DIM": "16", "VE_DIM": "16", "VE_LAYERS": "1", "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32",
-    "EVAL_SEQ_LEN": f"{SEQ}", "EVAL_STRIDE": f"{STRIDE}", "TTT_CHUNK_TOKENS": f"{SIZE}", "TTT_BATCH_SEQS": "2",
-    "TTT_EPOCHS": "2", "TTT_LR": "0.003",
+    "PRESET": "smoke", "DTYPE": "fp32", "DEVICE": "cpu", "VOCAB_SIZE": "48", "NUM_LAYERS": "2",
+    "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2", "ROPE_DIMS": "8",
+    "XSA_LAST_N": "1", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "16", "VE_DIM": "16", "VE_LAYERS": "1",
+    "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32", "EVAL_SEQ_LEN": f"{SEQ}",
+    "EVAL_STRIDE": f"{STRIDE}", "TTT_CHUNK_TOKENS": f"{SIZE}", "TTT_BATCH_SEQS": "2", "TTT_EPOCHS": "2",
+    "TTT_LR": "0.003",
 }  # fmt: skip
 POSITIONS = 5 * SIZE + SEQ  # the last chunk is half a chunk
 
@@ -122,7 +123,7 @@ def test_without_a_learning_rate_it_is_the_sliding_score():
 @pytest.mark.parametrize("stride", [8, 12])
 @pytest.mark.parametrize("cut", [1, 40, SIZE, SIZE + 1, 3 * SIZE, 3 * SIZE + 17, POSITIONS])
 def test_losses_do_not_depend_on_later_tokens(stride, cut):
-    """The loss of position p is that of token p + 1: tokens from `cut` on may change losses from cut - 1 on."""
+    """The loss of position p is that of token p + 1: tokens from `cut` on change losses from cut - 1 on."""
     hp, tokens = settings(eval_stride=stride), some_text()
     changed = tokens.clone()
     changed[cut:] = 2 + (tokens[cut:] + 11) % 40
@@ -428,8 +429,8 @@ def test_a_short_clock_stops_the_training_and_not_the_scoring(tmp_path):
 
 
 def test_the_clock_is_forecast_from_what_chunks_took(monkeypatch):
-    """A clock of ten seconds, one per chunk for scoring and one for training: six chunks need eleven, so one is not
-    trained; and it is said before the clock has run out."""
+    """Ten seconds, one per chunk for scoring and one for training: six chunks need eleven, so one is not,
+    and that is said before the clock has run out."""
     now = [0.0]
     monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
     evaluate = tg.evaluate
