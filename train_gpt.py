@@ -1510,7 +1510,8 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state: dict) -> None:
         """Take this rank's part of what state_dict returned."""
-        super().load_state_dict({key: value for key, value in state.items() if key != "momentum"})
+        for group, saved in zip(self.param_groups, state["param_groups"]):  # in place: the stacks hold these groups
+            group.update({key: value for key, value in saved.items() if key != "params"})
         for (_, _, own, _), buffer, full in zip(self.stacks, self.buffers, state["momentum"]):
             buffer[: len(own)] = full[own.start: own.stop].to(buffer.device)
 
@@ -1530,8 +1531,12 @@ class Optimisers:
         self.adamw = torch.optim.AdamW(
             [dict(params=of("embed"), lr=hp.tied_embed_lr), dict(params=of("control"), lr=hp.scalar_lr)],
             betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)
-        self.groups = [*self.muon.param_groups, *self.adamw.param_groups]
         self.base_lr = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict]:
+        """Muon's and AdamW's groups as they are; loading a state makes new ones."""
+        return [*self.muon.param_groups, *self.adamw.param_groups]
 
     def step(self, scale: float, momentum: float) -> None:
         """Update all weights with every learning rate times `scale`."""
@@ -1962,6 +1967,10 @@ def settings_that_matter(hp: Hyperparameters) -> dict[str, object]:
             if key not in FREE_ON_RESUME and not key.startswith(("eval_", "ttt_"))}
 
 
+CHECKPOINT_KEYS = {"settings", "step", "elapsed", "weights", "muon", "adamw", "position", "multiplier", "qat_proof",
+                   "ema", "swa", "swa_count"}
+
+
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write checkpoint.pt whole or not at all; the one before it stays as checkpoint.previous.pt."""
     buffer = io.BytesIO()
@@ -1982,6 +1991,8 @@ def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
     except Exception as error:  # torch raises several kinds on a damaged file
         raise UserError(f"{paths[0]} cannot be read ({type(error).__name__}); delete it to resume from the one "
                         f"before it") from None
+    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+        raise UserError(f"{paths[0]} is not a checkpoint of this script; delete it to resume from the one before it")
     mine = settings_that_matter(hp)
     if differ := [key.upper() for key in mine if state["settings"].get(key) != mine[key]]:
         raise UserError(f"the checkpoint in {folder} was made with other settings: {', '.join(differ)}; resume with "
@@ -2037,6 +2048,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
 
     def checkpoint() -> None:
         reports.read(lag=0)  # never save weights whose loss is not finite
+        if not torch.isfinite(flat.weights).all():  # the next step's loss will stop the run
+            return
         state = stepper.state()
         if world.rank == 0:
             save_checkpoint(folder, state | dict(
@@ -2104,6 +2117,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         best = hp.averaging == "best"
         losses = held_out_losses(hp, model, flat, averages, stream.held_out, world) if best else {}
         chosen = min(losses, key=losses.get) if best else hp.averaging
+        if chosen == "swa" and not swa.count:
+            log("averaging: SWA has no snapshot (SWA_EVERY, SWA_THRESHOLD), the raw weights are exported")
+            chosen = "none"
         flat.weights.copy_(averages[chosen])
     with budget.phase("proofs"):
         rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
@@ -2606,7 +2622,8 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
                    for name, t in tensors.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the artifact does not describe a model of this script: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the artifact does not describe a model of this script: {reason}") from None
     return model.to(world.device), hp, config.get("facts", {})
 
 
@@ -2865,7 +2882,6 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
               validation: Validation, code_bytes: int) -> None:
     """Train, write model.pt, score the averaged weights."""
     shards = read_split(hp.data_path, "train")
-    check_ids(shards, hp.vocab_size, world)
     stream = TokenStream(shards)
     log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} "
         f"held_out:{len(stream.held_out)}")
@@ -2915,8 +2931,6 @@ def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
     """Calibrate on training tokens, quantise, pack, write artifact.bin."""
     path = folder / "model.pt"
     world.barrier()
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run STAGES=train first, under the same RUN_ID")
     weights = torch.load(path, map_location=world.device, weights_only=True)
     model = GPT(hp)
     try:
@@ -2953,8 +2967,6 @@ def run_evaluate(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
                  validation: Validation, compiling: bool) -> None:
     """Rebuild the model from the artifact alone and score it."""
     path = Path(hp.artifact) if hp.artifact else folder / "artifact.bin"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run STAGES=train,quantize first, or set ARTIFACT")
     with budget.phase("load"):
         blob = path.read_bytes()
         model, hp, _ = load_artifact(blob, hp, world)
@@ -2993,6 +3005,18 @@ def print_budget(log: RunLog, name: str, report: dict) -> None:
     log(f"budget clock:{name} used:{report['used']:.1f}s limit:{limit} within:{'yes' if report['within'] else 'NO'}")
 
 
+def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
+    """Raise UserError, before anything is written, where a stage would not find what it reads."""
+    stages = hp.stages.split(",")
+    if "train" in stages or "quantize" in stages:
+        check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
+    if "quantize" in stages and "train" not in stages and not (folder / "model.pt").is_file():
+        raise UserError(f"{folder / 'model.pt'} is missing; run STAGES=train first, under the same RUN_ID")
+    path = Path(hp.artifact) if hp.artifact else folder / "artifact.bin"
+    if stages == ["evaluate"] and not path.is_file():
+        raise UserError(f"{path} is missing; run STAGES=train,quantize first, or set ARTIFACT")
+
+
 def run(hp: Hyperparameters, world: World) -> None:
     """Every stage that STAGES names, in one folder."""
     random.seed(hp.seed)
@@ -3002,6 +3026,7 @@ def run(hp: Hyperparameters, world: World) -> None:
     stages = hp.stages.split(",")
     validation = Validation.load(hp, world)
     folder = open_run(hp, world)
+    check_inputs(hp, world, folder)
     log = RunLog(folder if world.rank == 0 else None, hp.tensorboard)
     log(source.decode(), console=False)
     log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}"
@@ -3015,6 +3040,10 @@ def run(hp: Hyperparameters, world: World) -> None:
         "world_size": world.size}
     result["changed"] = hp.changed() if "train" in stages else result.get("changed", hp.changed())
     training, evaluation = Budget(world, hp.max_wallclock_seconds), Budget(world, hp.eval_seconds)
+    if "train" not in stages:  # one clock over stages that run one at a time
+        earlier = result["budget"].get("training", {}).get("counted", {})
+        training.counted = {name: seconds for name, seconds in earlier.items()
+                            if "quantize" not in stages or name not in ("calibrate", "quantise and pack")}
 
     def save() -> None:
         if world.rank == 0:
