@@ -69,6 +69,129 @@ class UserError(ValueError):
 # goes over the preset, the preset over the default, and every mistake is reported at once, because a misspelt
 # name that is silently ignored makes a run that was not what it said.
 
+PRESETS: dict[str, dict[str, object]] = {
+    "pr606": {},
+    "pr601": dict(
+        num_kv_heads=4, mlp_mult=3.0, mlp_slope=0.0, rope_ntk_reference=0, xsa_last_n=4, bigram_vocab_size=1024,
+        ve_enabled=False, value_residual=True, gated_attention=True,
+        iterations=9500, max_wallclock_seconds=0.0, train_batch_tokens=524288, train_seq_len=1024,
+        muon_row_norm=True, late_qat_threshold=0.15, soft_round_qat=False,
+        attn_bits=6, prune_pct=0.0, eval_seq_len=1024, eval_stride=128, skip_sliding=False,
+        ttt_enabled=False, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=2, ttt_chunk_tokens=32768,
+        ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
+    ),
+    "smoke": dict(
+        data_path="./data/datasets/sotu_sp1024", tokenizer_path="./data/tokenizers/sotu_1024_bpe.model",
+        train_log_every=50, val_loss_every=0,
+        num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, bigram_vocab_size=2048, bigram_dim=64,
+        rope_ntk_reference=0, xsa_last_n=3, smear_reset_at_bos=True, ve_dim=64, ve_layers=(1, 2),
+        value_residual=True, gated_attention=True,
+        iterations=600, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=300,
+        train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
+        gptq_calib_sequences=128, eval_seq_len=512, eval_stride=128, skip_sliding=False,
+        ttt_lr=5e-4, ttt_epochs=2, ttt_chunk_tokens=8192, ttt_batch_seqs=8, ttt_params="all",
+    ),
+}
+
+STAGES = ("train", "quantize", "evaluate")
+CHOICES = {
+    "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bf16", "fp32"), "compile": ("auto", "0", "1"),
+    "attention": ("auto", "fa3", "sdpa"), "averaging": ("ema", "swa", "best", "none"),
+    "quantizer": ("gptq", "gptq_lite", "rtn"), "ttt_optimizer": ("adamw", "sgd"),
+    "ttt_params": ("blocks", "control", "control_qk", "all"), "ttt_schedule": ("run", "chunk", "constant"),
+}
+AT_LEAST_ONE = (
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "iterations",
+    "train_batch_tokens", "train_seq_len", "eval_seq_len", "train_log_every", "muon_backend_steps", "swa_every",
+    "gptq_calib_sequences", "ttt_epochs", "ttt_chunk_tokens", "ttt_batch_seqs", "artifact_limit", "bigram_dim",
+    "ve_dim", "val_batch_size", "rope_base",
+)
+# Names of the submissions for settings that have another name here. A table of values maps a switch.
+ALIASES: dict[str, str | dict[str, tuple[str, str]]] = {
+    "BIGRAM_BUCKETS": "bigram_vocab_size", "XSA_LAYERS": "xsa_last_n", "PARTIAL_ROPE_DIMS": "rope_dims",
+    "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
+    "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
+    "SGD_TTT_SEQ_LEN": "ttt_seq_len", "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
+    "TTT_COSINE_LR": {"1": ("ttt_schedule", "chunk"), "0": ("ttt_schedule", "constant")},
+    "FULL_GPTQ": {"1": ("quantizer", "gptq"), "0": ("quantizer", "rtn")},
+    "GPTQ_LITE": {"1": ("quantizer", "gptq_lite"), "0": ("", "")},
+    "INT5_MLP": {"1": ("mlp_bits", "5"), "0": ("mlp_bits", "6")},
+    "BIGRAM_HASH": {"1": ("", ""), "0": ("bigram_vocab_size", "0")},
+    "EMA_ENABLED": {"1": ("", ""), "0": ("", "")}, "SWA_ENABLED": {"1": ("", ""), "0": ("", "")},
+}
+# Techniques of the submissions' files that were off in their runs: the value that says off.
+NOT_CARRIED = {
+    "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "LOAD_ARTIFACT": "", **dict.fromkeys((
+        "DTG_ENABLED", "HYPER_CONNECTIONS", "ADAPTIVE_VR", "TTT_GA_GUIDED", "CACHE_MIXTURE", "OGD_BIAS",
+        "KV_CACHE_LEN", "USE_CACHE", "USE_MIXER", "BYTE_WEIGHTED_TTT", "ADAPTIVE_LR", "QTTT", "VR_V0_FP16",
+        "GPTQ_LITE_SEARCH"), "0"),
+}
+# Read by the submissions without effect under their settings: accepted, and logged as ignored.
+IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
+                 "GPTQ_LITE_GRID", "GPTQ_CALIB_BATCHES")
+# Settings of run.sh and data/prepare.py.
+FOREIGN_NAMES = ("SEEDS", "NPROC", "TORCH_INDEX_URL", "HF_ENDPOINT", "MATCHED_FINEWEB_REPO_ID",
+                 "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
+
+
+def _field_of(name: str, text: str, env: Mapping[str, str], fields: list[str]) -> tuple[str, str] | None:
+    """The field that an environment name sets and the text of its value; an empty field means no effect."""
+    overruled = {("GPTQ_LITE", "1"): env.get("FULL_GPTQ") == "1", ("FULL_GPTQ", "0"): env.get("GPTQ_LITE") == "1"}
+    if name in FOREIGN_NAMES or overruled.get((name, text)):
+        return "", ""
+    meant = ALIASES.get(name, name.lower() if name.isupper() else None)
+    if isinstance(meant, dict):
+        return meant.get(text or "0", ("late_qat", text))  # anything but 0 and 1 fails as a switch does
+    return (meant, text) if meant in fields else None
+
+
+def _same_value(a: str, b: str) -> bool:
+    """Whether two texts are equal, as numbers where both are."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, last = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
+    return row[-1]
+
+
+def _near_miss(name: str, fields: list[str]) -> str | None:
+    """The known name that an unknown one was probably meant to be."""
+    known = [*map(str.upper, fields), *ALIASES, *NOT_CARRIED, *IGNORED_NAMES, *FOREIGN_NAMES]
+    close = [other for other in known if abs(len(other) - len(name)) <= 2 and _edits(name, other) <= 2]
+    if close or name.startswith(OWN_PREFIXES):
+        return min(close or known, key=lambda other: _edits(name, other))
+    return None
+
+
+def _parse(text: str, like: object) -> object:
+    """A setting's text as the type of its default."""
+    if isinstance(like, bool):
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError(text)
+        return text.lower() in ("1", "true")
+    if isinstance(like, tuple):
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    return type(like)(text)
+
+
+def _averaging_conflicts(averaging: str, env: Mapping[str, str]) -> Iterator[str]:
+    """The submissions' two switches may repeat what AVERAGING says, not contradict it."""
+    for switch, kind in (("EMA_ENABLED", "ema"), ("SWA_ENABLED", "swa")):
+        if env.get(switch) in ("0", "1") and (env[switch] == "1") != (averaging in (kind, "best")):
+            yield f"{switch}={env[switch]} contradicts AVERAGING={averaging}; set AVERAGING=ema, swa, best or none"
+
+
 def setting(default, meaning: str):
     """A dataclass field that carries its meaning for --help."""
     return field(default=default, metadata={"meaning": meaning})
@@ -195,6 +318,7 @@ class Hyperparameters:
         Raises ValueError with one line for every bad, misspelt or contradictory setting.
         """
         errors, given, ignored = [], {}, []
+        fields = [f.name for f in dataclasses.fields(Hyperparameters) if f.metadata]
         preset = env.get("PRESET") or "pr606"
         if preset not in PRESETS:
             raise UserError(f"PRESET={preset} is unknown; choose one of {', '.join(PRESETS)}")
@@ -205,8 +329,8 @@ class Hyperparameters:
                 if text and not _same_value(text, NOT_CARRIED[name]):
                     errors.append(f"{name}={text}: this script does not carry that; leave it out, or set "
                                   f"{name}={NOT_CARRIED[name]}")
-            elif (meant := _field_of(name, text, env)) is None:
-                if hint := _near_miss(name):
+            elif (meant := _field_of(name, text, env, fields)) is None:
+                if hint := _near_miss(name, fields):
                     errors.append(f"{name} is not a setting; did you mean {hint}?")
             elif meant[1] != "" and meant[0] not in ("", "preset"):
                 field_name, value = meant
@@ -221,7 +345,7 @@ class Hyperparameters:
                     errors.append(f"{given[field_name][0]} and {name} say different things; set one of them")
         values = {**PRESETS[preset], **{key: value for key, (_, value) in given.items()}}
         hp = Hyperparameters(**{**values, "preset": preset, "ignored": tuple(sorted(ignored))})
-        errors += [*hp.problems(), *_averaging_conflicts(hp, env)]
+        errors += [*hp.problems(), *_averaging_conflicts(hp.averaging, env)]
         if errors:
             raise UserError("\n".join(errors))
         return hp
@@ -295,129 +419,6 @@ class Hyperparameters:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         rows.insert(1, tuple("-" * width for width in widths))
         return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
-
-
-PRESETS: dict[str, dict[str, object]] = {
-    "pr606": {},
-    "pr601": dict(
-        num_kv_heads=4, mlp_mult=3.0, mlp_slope=0.0, rope_ntk_reference=0, xsa_last_n=4, bigram_vocab_size=1024,
-        ve_enabled=False, value_residual=True, gated_attention=True,
-        iterations=9500, max_wallclock_seconds=0.0, train_batch_tokens=524288, train_seq_len=1024,
-        muon_row_norm=True, late_qat_threshold=0.15, soft_round_qat=False,
-        attn_bits=6, prune_pct=0.0, eval_seq_len=1024, eval_stride=128, skip_sliding=False,
-        ttt_enabled=False, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=2, ttt_chunk_tokens=32768,
-        ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
-    ),
-    "smoke": dict(
-        data_path="./data/datasets/sotu_sp1024", tokenizer_path="./data/tokenizers/sotu_1024_bpe.model",
-        train_log_every=50, val_loss_every=0,
-        num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, bigram_vocab_size=2048, bigram_dim=64,
-        rope_ntk_reference=0, xsa_last_n=3, smear_reset_at_bos=True, ve_dim=64, ve_layers=(1, 2),
-        value_residual=True, gated_attention=True,
-        iterations=600, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=300,
-        train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
-        gptq_calib_sequences=128, eval_seq_len=512, eval_stride=128, skip_sliding=False,
-        ttt_lr=5e-4, ttt_epochs=2, ttt_chunk_tokens=8192, ttt_batch_seqs=8, ttt_params="all",
-    ),
-}
-
-STAGES = ("train", "quantize", "evaluate")
-CHOICES = {
-    "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bf16", "fp32"), "compile": ("auto", "0", "1"),
-    "attention": ("auto", "fa3", "sdpa"), "averaging": ("ema", "swa", "best", "none"),
-    "quantizer": ("gptq", "gptq_lite", "rtn"), "ttt_optimizer": ("adamw", "sgd"),
-    "ttt_params": ("blocks", "control", "control_qk", "all"), "ttt_schedule": ("run", "chunk", "constant"),
-}
-AT_LEAST_ONE = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "iterations",
-    "train_batch_tokens", "train_seq_len", "eval_seq_len", "train_log_every", "muon_backend_steps", "swa_every",
-    "gptq_calib_sequences", "ttt_epochs", "ttt_chunk_tokens", "ttt_batch_seqs", "artifact_limit", "bigram_dim",
-    "ve_dim", "val_batch_size", "rope_base",
-)
-# Names of the submissions for settings that have another name here. A table of values maps a switch.
-ALIASES: dict[str, str | dict[str, tuple[str, str]]] = {
-    "BIGRAM_BUCKETS": "bigram_vocab_size", "XSA_LAYERS": "xsa_last_n", "PARTIAL_ROPE_DIMS": "rope_dims",
-    "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
-    "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
-    "SGD_TTT_SEQ_LEN": "ttt_seq_len", "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
-    "TTT_COSINE_LR": {"1": ("ttt_schedule", "chunk"), "0": ("ttt_schedule", "constant")},
-    "FULL_GPTQ": {"1": ("quantizer", "gptq"), "0": ("", "")},
-    "GPTQ_LITE": {"1": ("quantizer", "gptq_lite"), "0": ("", "")},
-    "INT5_MLP": {"1": ("mlp_bits", "5"), "0": ("mlp_bits", "6")},
-    "BIGRAM_HASH": {"1": ("", ""), "0": ("bigram_vocab_size", "0")},
-    "EMA_ENABLED": {"1": ("", ""), "0": ("", "")}, "SWA_ENABLED": {"1": ("", ""), "0": ("", "")},
-}
-# Techniques of the submissions' files that were off in their runs: the value that says off.
-NOT_CARRIED = {
-    "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "LOAD_ARTIFACT": "", **dict.fromkeys((
-        "DTG_ENABLED", "HYPER_CONNECTIONS", "ADAPTIVE_VR", "TTT_GA_GUIDED", "CACHE_MIXTURE", "OGD_BIAS",
-        "KV_CACHE_LEN", "USE_CACHE", "USE_MIXER", "BYTE_WEIGHTED_TTT", "ADAPTIVE_LR", "QTTT", "VR_V0_FP16",
-        "GPTQ_LITE_SEARCH"), "0"),
-}
-# Read by the submissions without effect under their settings: accepted, and logged as ignored.
-IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
-                 "GPTQ_LITE_GRID", "GPTQ_CALIB_BATCHES")
-# Settings of run.sh and data/prepare.py.
-FOREIGN_NAMES = ("SEEDS", "NPROC", "TORCH_INDEX_URL", "HF_ENDPOINT", "MATCHED_FINEWEB_REPO_ID",
-                 "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
-OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
-
-
-def _field_of(name: str, text: str, env: Mapping[str, str]) -> tuple[str, str] | None:
-    """The field that an environment name sets and the text of its value; an empty field means no effect."""
-    if name in FOREIGN_NAMES or name == "GPTQ_LITE" and env.get("FULL_GPTQ") == "1":
-        return "", ""
-    meant = ALIASES.get(name, name.lower() if name.isupper() else None)
-    if isinstance(meant, dict):
-        return meant.get(text or "0", ("late_qat", text))  # anything but 0 and 1 fails as a switch does
-    return (meant, text) if meant in Hyperparameters.__dataclass_fields__ and meant != "ignored" else None
-
-
-def _same_value(a: str, b: str) -> bool:
-    """Whether two texts are equal, as numbers where both are."""
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return a == b
-
-
-def _edits(a: str, b: str) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row, last = [i], row
-        for j, y in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
-    return row[-1]
-
-
-def _near_miss(name: str) -> str | None:
-    """The known name that an unknown one was probably meant to be."""
-    fields = [f.name.upper() for f in dataclasses.fields(Hyperparameters) if f.metadata]
-    known = [*fields, *ALIASES, *NOT_CARRIED, *IGNORED_NAMES, *FOREIGN_NAMES]
-    close = [other for other in known if abs(len(other) - len(name)) <= 2 and _edits(name, other) <= 2]
-    if close or name.startswith(OWN_PREFIXES):
-        return min(close or known, key=lambda other: _edits(name, other))
-    return None
-
-
-def _parse(text: str, like: object) -> object:
-    """A setting's text as the type of its default."""
-    if isinstance(like, bool):
-        if text.lower() not in ("0", "1", "false", "true"):
-            raise ValueError(text)
-        return text.lower() in ("1", "true")
-    if isinstance(like, tuple):
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    return type(like)(text)
-
-
-def _averaging_conflicts(hp: Hyperparameters, env: Mapping[str, str]) -> Iterator[str]:
-    """The submissions' two switches may repeat what AVERAGING says, not contradict it."""
-    for switch, kind in (("EMA_ENABLED", "ema"), ("SWA_ENABLED", "swa")):
-        if env.get(switch) in ("0", "1") and (env[switch] == "1") != (hp.averaging in (kind, "best")):
-            yield f"{switch}={env[switch]} contradicts AVERAGING={hp.averaging}; set AVERAGING=ema, swa, best or none"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -928,6 +929,16 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return dense_attention(q, k, v) if dense else sdpa_attention(q, k, v)
 
 
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention (XSA): drop the part of each head's output that lies along its token's own value.
+
+    y (B, T, H, d), v (B, T, G, d); the H / G heads of a group share a value.
+    """
+    grouped = y.unflatten(2, (v.size(2), -1))
+    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
 class CausalSelfAttention(nn.Module):
     """Causal attention with normalised queries and keys, partial RoPE, and the submissions' additions to V and to
     the output: value embedding, value residual (arXiv:2410.17897), exclusive self attention, gates (arXiv:2505.06708).
@@ -964,16 +975,6 @@ class CausalSelfAttention(nn.Module):
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(x)).unsqueeze(-1)
         return self.proj(y.reshape(B, T, D)), raw
-
-
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention (XSA): drop the part of each head's output that lies along its token's own value.
-
-    y (B, T, H, d), v (B, T, G, d); the H / G heads of a group share a value.
-    """
-    grouped = y.unflatten(2, (v.size(2), -1))
-    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 
 class MLP(nn.Module):
@@ -2000,6 +2001,36 @@ def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
     return state
 
 
+def held_out_losses(hp: Hyperparameters, model: GPT, flat: FlatParameters, averages: Mapping[str, Tensor],
+                    held_out: np.ndarray, world: World) -> dict[str, float]:
+    """The loss of each average on training tokens that no step has seen; never on validation."""
+    seq_len = min(hp.train_seq_len, len(held_out) - 1)
+    tokens = torch.from_numpy(held_out.astype(np.int32))
+    windows = sliding_windows((len(tokens) - 1) // seq_len * seq_len, seq_len, seq_len)
+    no_bytes, losses = torch.zeros(len(tokens), dtype=torch.uint8), {}
+    for name, average in averages.items():
+        flat.weights.copy_(average)
+        losses[name] = evaluate(model, tokens, no_bytes, windows, world, scoring_batch_tokens(hp, world)).val_loss
+    return losses
+
+
+@torch.no_grad()
+def training_proofs(model: GPT, flat: FlatParameters, qat: FakeQuantizer, qat_proof: dict, raw: Tensor,
+                    x: Tensor, y: Tensor) -> dict[str, dict]:
+    """Measured evidence that each technique of training was on, for the exported weights on one batch."""
+    exported = flat.weights.clone()
+    proofs = {"techniques": technique_proofs(model, x, y), "qat": None,
+              "averaging": {"distance_from_raw": ((exported - raw).norm() / raw.norm()).item()}}
+    if qat_proof:
+        proofs["qat"] = qat_proof | {"distance_averaged": qat.distance(), "loss": model(x, y).item()}
+        qat.quantize(None)
+        proofs["qat"]["loss_rounded"] = model(x, y).item()
+        flat.weights.copy_(raw)
+        proofs["qat"]["distance_raw"] = qat.distance()
+        flat.weights.copy_(exported)
+    return proofs
+
+
 @dataclass
 class Trained:
     """What training hands on: the exported weights, whether QAT ran, facts and proofs for result.json."""
@@ -2128,36 +2159,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             proofs = training_proofs(model, flat, qat, qat_proof, raw, x, y)
     proofs["averaging"] |= {"exported": chosen, "held_out_losses": losses, "swa_snapshots": swa.count}
     return Trained(flat.state_dict(flat.weights), bool(qat_proof), facts, proofs)
-
-
-def held_out_losses(hp: Hyperparameters, model: GPT, flat: FlatParameters, averages: Mapping[str, Tensor],
-                    held_out: np.ndarray, world: World) -> dict[str, float]:
-    """The loss of each average on training tokens that no step has seen; never on validation."""
-    seq_len = min(hp.train_seq_len, len(held_out) - 1)
-    tokens = torch.from_numpy(held_out.astype(np.int32))
-    windows = sliding_windows((len(tokens) - 1) // seq_len * seq_len, seq_len, seq_len)
-    no_bytes, losses = torch.zeros(len(tokens), dtype=torch.uint8), {}
-    for name, average in averages.items():
-        flat.weights.copy_(average)
-        losses[name] = evaluate(model, tokens, no_bytes, windows, world, scoring_batch_tokens(hp, world)).val_loss
-    return losses
-
-
-@torch.no_grad()
-def training_proofs(model: GPT, flat: FlatParameters, qat: FakeQuantizer, qat_proof: dict, raw: Tensor,
-                    x: Tensor, y: Tensor) -> dict[str, dict]:
-    """Measured evidence that each technique of training was on, for the exported weights on one batch."""
-    exported = flat.weights.clone()
-    proofs = {"techniques": technique_proofs(model, x, y), "qat": None,
-              "averaging": {"distance_from_raw": ((exported - raw).norm() / raw.norm()).item()}}
-    if qat_proof:
-        proofs["qat"] = qat_proof | {"distance_averaged": qat.distance(), "loss": model(x, y).item()}
-        qat.quantize(None)
-        proofs["qat"]["loss_rounded"] = model(x, y).item()
-        flat.weights.copy_(raw)
-        proofs["qat"]["distance_raw"] = qat.distance()
-        flat.weights.copy_(exported)
-    return proofs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2469,28 +2470,6 @@ def pack(config: dict, tensors: Tensors, level: int = 22) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def unpack(blob: bytes) -> tuple[dict, Tensors]:
-    """The config and tensors that `pack` was given; executes nothing from the file.
-
-    Raises ValueError on any damage, on a trailing byte, and on a header that claims more than the file can hold.
-    """
-    if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
-        raise UserError("not an artifact of this script, or a truncated one")
-    _, version, small, size = PREFIX.unpack_from(blob)
-    if version != FORMAT_VERSION:
-        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
-    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
-        raise UserError("damaged artifact: its checksum does not match its content")
-    if size > MOST_HEADER_BYTES or PREFIX.size + small + 32 > len(blob):
-        raise UserError("damaged artifact: impossible header size")
-    try:
-        header = json.loads(decompress(blob[PREFIX.size: PREFIX.size + small], size))
-        return header["config"], _unpack_tensors(header, memoryview(blob)[PREFIX.size + small: -32])
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError,
-            json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
-
-
 def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
     """Check every size that the header claims against the others, then take the memory."""
     needed: dict[str, int] = {}
@@ -2535,6 +2514,28 @@ def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
             width = RAW_DTYPES[kind].itemsize
             tensors[name] = bytes_tensor(take(section, math.prod(shape) * width), RAW_DTYPES[kind], shape)
     return tensors
+
+
+def unpack(blob: bytes) -> tuple[dict, Tensors]:
+    """The config and tensors that `pack` was given; executes nothing from the file.
+
+    Raises ValueError on any damage, on a trailing byte, and on a header that claims more than the file can hold.
+    """
+    if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
+        raise UserError("not an artifact of this script, or a truncated one")
+    _, version, small, size = PREFIX.unpack_from(blob)
+    if version != FORMAT_VERSION:
+        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise UserError("damaged artifact: its checksum does not match its content")
+    if size > MOST_HEADER_BYTES or PREFIX.size + small + 32 > len(blob):
+        raise UserError("damaged artifact: impossible header size")
+    try:
+        header = json.loads(decompress(blob[PREFIX.size: PREFIX.size + small], size))
+        return header["config"], _unpack_tensors(header, memoryview(blob)[PREFIX.size + small: -32])
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError,
+            json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
 
 
 def byte_report(blob: bytes, tensors: Tensors) -> dict:

@@ -189,7 +189,8 @@ def test_aliases_set_the_field(name, text, field, value):
 def test_full_gptq_goes_before_gptq_lite():
     assert from_env({"FULL_GPTQ": "1", "GPTQ_LITE": "1"}).quantizer == "gptq"
     assert from_env({"GPTQ_LITE": "1", "FULL_GPTQ": "0"}).quantizer == "gptq_lite"
-    assert from_env({"GPTQ_LITE": "0", "FULL_GPTQ": "0"}).quantizer == "gptq"
+    assert from_env({"GPTQ_LITE": "0", "FULL_GPTQ": "0"}).quantizer == "rtn"
+    assert from_env({"FULL_GPTQ": "0"}).quantizer == "rtn"
 
 
 def test_the_bigram_switch_turns_it_off():
