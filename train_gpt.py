@@ -143,7 +143,7 @@ def _field_of(name: str, text: str, env: Mapping[str, str], fields: list[str]) -
         return "", ""
     meant = ALIASES.get(name, name.lower() if name.isupper() else None)
     if isinstance(meant, dict):
-        return meant.get(text or "0", ("late_qat", text))  # anything but 0 and 1 fails as a switch does
+        return meant.get(text, ("late_qat", text))  # anything but 0 and 1 fails as a switch does, empty does nothing
     return (meant, text) if meant in fields else None
 
 
