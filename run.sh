@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# One command from nothing to a scored artifact: environment, data, run, summary.
+# One command from nothing to a scored artifact: environment, data, run, summary, report.
 #
 #   ./run.sh                     the smoke preset: a small model on an embedded corpus, a few minutes on two CPU cores
 #   ./run.sh pr606               FineWeb, 11 layers; one process per CUDA device (NPROC=n to choose)
 #   ./run.sh pr601
+#   SEEDS=1337,42,7 ./run.sh     a run for each seed, one after the other, then their mean and deviation
 #   ./run.sh test                the test suite
 #
 # Settings are environment variables (python train_gpt.py --help). Of its own: NPROC, TORCH_INDEX_URL (where pip finds
@@ -63,17 +64,43 @@ fi
 export PRESET=$what
 if [ -z "${DATA_PATH:-}" ]; then
   case $what in
-    smoke) "$python" data/prepare.py sotu --vocab-size "${VOCAB_SIZE:-2048}" ;;
-    *) "$python" data/prepare.py fineweb --variant "sp${VOCAB_SIZE:-1024}" --train-shards "${TRAIN_SHARDS:-80}" ;;
+    smoke) "$python" data/prepare.py sotu --vocab-size "${VOCAB_SIZE:-4096}" ;;
+    *)
+      shards=${TRAIN_SHARDS:-80}
+      case $shards in *[!0-9]*) fail "TRAIN_SHARDS=$shards is not a number" ;; esac
+      say "FineWeb, $shards training shards: about $(((shards * 2 + 1) / 10)) GB to download, less what is here already"
+      "$python" data/prepare.py fineweb --variant "sp${VOCAB_SIZE:-1024}" --train-shards "$shards" ;;
   esac
 fi
 
-# 3. The run, then its summary.
+# 3. A run for each seed, each with its summary, its report and, where it is small, a few words from the packed model.
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
-export RUN_ID=${RUN_ID:-$what-seed${SEED:-1337}-$(date +%Y%m%d-%H%M%S)}
-if [ "$nproc" -gt 1 ]; then
-  "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py
-else
-  "$python" train_gpt.py
-fi
-exec "$python" records/summary.py "logs/$RUN_ID"
+given=${RUN_ID:-}
+folders=()
+
+one_run() {
+  if [ "$nproc" -gt 1 ]; then
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt.py
+  else
+    "$python" train_gpt.py
+  fi
+  "$python" records/summary.py "$1"
+  if "$python" -c 'import matplotlib' 2>/dev/null; then
+    "$python" records/report.py "$1" || say "no report, but the run in $1 is whole"
+  else
+    say "no report: $python -m pip install matplotlib, then $python records/report.py $1"
+  fi
+  if [ "$what" = smoke ] && [ -f "$1/artifact.bin" ]; then
+    say "the packed model, left to itself (records/sample.py):"
+    "$python" records/sample.py "$1" --tokens 80 || say "no sample, but the run in $1 is whole"
+  fi
+}
+
+for seed in $(echo "${SEEDS:-${SEED:-1337}}" | tr ',' ' '); do
+  export SEED=$seed RUN_ID=$what-seed$seed-$(date +%Y%m%d-%H%M%S)
+  [ -z "$given" ] || RUN_ID=$given${SEEDS:+-seed$seed}
+  one_run "logs/$RUN_ID"
+  folders+=("logs/$RUN_ID")
+done
+[ "${#folders[@]}" -gt 0 ] || fail "SEEDS=$SEEDS names no seed; write SEEDS=1337,42,7"
+[ -z "${SEEDS:-}" ] || "$python" records/compare.py "${folders[@]}"
