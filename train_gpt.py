@@ -428,6 +428,12 @@ class Hyperparameters:
 # `World` is this process among its equals. On one process every operation is the identity, so no other section
 # asks whether it runs alone. Its sums run over gloo on CPU and NCCL on CUDA. `RunLog` writes what rank 0 says.
 
+def cpu_info() -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 class World:
     """Rank, size and device of this process, and the collectives that a run needs.
 
@@ -447,10 +453,10 @@ class World:
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        # Where a CPU has bf16 units they pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores).
-        units = torch.cpu.get_capabilities() if kind == "cpu" else {"amx_bf16": True}
-        half = hp.dtype == "bf16" or hp.dtype == "auto" and (units.get("avx512_bf16") or units.get("amx_bf16"))
+            units = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        else:  # where a CPU has bf16 units they pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores)
+            units = any(flag in cpu_info() for flag in ("avx512_bf16", "amx_bf16"))
+        half = hp.dtype == "bf16" or hp.dtype == "auto" and units
         self.dtype = torch.bfloat16 if half else torch.float32
         self.grouped = self.size > 1
         if self.grouped:
@@ -2814,9 +2820,7 @@ def hardware(world: World) -> str:
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+        names = [line.split(": ")[1] for line in cpu_info().splitlines() if line.startswith("model name")]
         name = names[0] if names else platform.processor() or "CPU"
     return (f"device:{world.size}x {name} threads:{torch.get_num_threads()} python:{platform.python_version()} "
             f"torch:{torch.__version__} numpy:{np.__version__} sentencepiece:{sentencepiece.__version__} "
