@@ -3040,11 +3040,14 @@ def run(hp: Hyperparameters, world: World) -> None:
     log(hardware(world))
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.tokens) - 1} "
         f"val_bytes:{int(validation.byte_counts.sum(dtype=torch.int64))}")
-    result = read_result(folder) | {
-        "preset": hp.preset, "seed": hp.seed, "script_sha256": hashlib.sha256(source).hexdigest(),
-        "corpus": validation.corpus, "data_path": hp.data_path, "hardware": hardware(world),
-        "world_size": world.size}
-    result["changed"] = hp.changed() if "train" in stages else result.get("changed", hp.changed())
+    settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:]}
+    result = settings | read_result(folder) | {
+        "script_sha256": hashlib.sha256(source).hexdigest(), "corpus": validation.corpus, "data_path": hp.data_path,
+        "hardware": hardware(world), "world_size": world.size}
+    if "train" in stages:
+        result |= settings
+    if "evaluate" in stages:
+        result["scored_with"] = settings
     training, evaluation = Budget(world, hp.max_wallclock_seconds), Budget(world, hp.eval_seconds)
     if "train" not in stages:  # one clock over stages that run one at a time
         earlier = result["budget"].get("training", {}).get("counted", {})

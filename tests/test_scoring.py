@@ -1,6 +1,7 @@
 """Windows, bytes and scores against plain loops."""
 
 import copy
+import dataclasses
 import functools
 import io
 import math
@@ -308,6 +309,99 @@ def test_ranks_share_the_windows(size):
     assert not nll.isnan().any() and max(parts) == parts[-1] == 103 and parts[0] < 103
     assert (total.positions, total.bytes) == (whole.positions, whole.bytes)
     assert total.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+
+
+class Digits:
+    """A model whose loss of target t after token p is known by heart: logits are -|v - 3 p mod V|."""
+
+    def hidden(self, tokens):
+        return tokens.float().unsqueeze(-1)
+
+    def logits(self, hidden):
+        return -(torch.arange(16.0) - (3 * hidden) % 16).abs()
+
+    @staticmethod
+    def nats(previous, target):
+        logits = -np.abs(np.arange(16.0) - (3 * previous[:, None]) % 16)
+        return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(target)), target]
+
+
+class Counting:
+    """Takes losses as `nll` does; counts how often each position comes."""
+
+    def __init__(self, positions):
+        self.counts, self.losses = np.zeros(positions, int), np.full(positions, np.nan)
+
+    def __setitem__(self, where, losses):
+        np.add.at(self.counts, where.numpy(), 1)
+        self.losses[where.numpy()] = losses.numpy()
+
+
+def compiled_like(model, tokens, targets, scored, temperature):
+    """A scoring function that is not the eager one: `evaluate` fills its batches up with copies."""
+    return tg.token_losses(model, tokens, targets, scored, temperature)
+
+
+def numbers(positions):
+    """Tokens below 16 and the bytes that each target counts, uint8 as a run holds them."""
+    rng = np.random.default_rng(positions)
+    return rng.integers(0, 16, positions + 1, np.int32), rng.integers(0, 256, positions, np.uint8)
+
+
+@pytest.mark.parametrize("score_fn", [tg.token_losses, compiled_like])
+def test_any_layout_scores_every_position_once(score_fn):
+    """Any length, sequence length, stride, batch size and number of ranks, of which some find no work."""
+    rng = random.Random(1)
+    for positions, seq_len, stride in some_layouts(400):
+        positions, size = min(positions, 150), rng.randint(1, 9)
+        batch_tokens = rng.choice([1, seq_len, rng.randint(1, 500)])
+        tokens, byte_counts = (torch.from_numpy(a) for a in numbers(positions))
+        windows = tg.sliding_windows(positions, seq_len, stride)
+        counting, total = Counting(positions), tg.Score()
+        for rank in range(size):
+            part = copy.copy(scored_model()[1])
+            part.rank, part.size = rank, size
+            total += tg.evaluate(
+                Digits(), tokens, byte_counts, windows, part, batch_tokens, score_fn=score_fn, nll=counting
+            )
+        layout = (positions, seq_len, stride, batch_tokens, size)
+        assert (counting.counts == 1).all(), layout
+        expected = Digits.nats(tokens[:-1].numpy(), tokens[1:].numpy())
+        np.testing.assert_allclose(counting.losses, expected, atol=1e-5, err_msg=str(layout))
+        assert (total.positions, total.bytes) == (positions, int(byte_counts.sum())), layout
+        assert total.val_loss == pytest.approx(expected.mean(), rel=1e-6), layout
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bits_per_byte_equal_the_plain_ones(sp, seed):
+    """From texts of many scripts to bpb, by the script and by NumPy: byte pieces, blanks, boundaries."""
+    rng = random.Random(seed)
+    documents = rng.sample([text for text in TEXTS if text], 4)
+    ids = np.array([i for text in documents for i in (1, *sp.encode(text))], np.int32)
+    positions = len(ids) - 1
+    assert sum(sp.is_byte(int(i)) for i in ids) > 20
+    world, stride = scored_model()[1], rng.choice([3, 4, 16])
+    torch.manual_seed(seed)
+    model = tg.GPT(dataclasses.replace(scored_model()[0].hp, vocab_size=sp.get_piece_size()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    tokens = torch.from_numpy(ids)
+    byte_counts = tg.ByteTable(sp).count(tokens[:-1], tokens[1:])
+    windows = tg.sliding_windows(positions, SEQ_LEN, stride)
+    result = tg.evaluate(model, tokens, byte_counts, windows, world, batch_tokens=64, temperature=0.95)
+
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        nats = reference_sliding(
+            lambda text: double(torch.from_numpy(text).long()[None])[0].numpy(), ids, SEQ_LEN, stride,
+            windows=windows, temperature=0.95,
+        )  # fmt: skip
+    charged = sum(reference_bytes(sp, int(p), int(t)) for p, t in zip(ids, ids[1:]))
+    assert result.bytes == charged
+    assert result.val_bpb == pytest.approx(nats.sum() / math.log(2) / charged, rel=1e-5)
+    blanks = sum(sp.id_to_piece(sp.encode(text)[0]).startswith("▁") for text in documents)
+    assert charged == sum(len(sp.decode(sp.encode(text)).encode()) for text in documents) - blanks
 
 
 def test_adaptive_temperature():

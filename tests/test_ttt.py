@@ -1,6 +1,8 @@
 """Score-first test-time training: each position once, nothing seen before its score, loops in float64."""
 
+import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ SMALL = {
     "XSA_LAST_N": "1", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "16", "VE_DIM": "16", "VE_LAYERS": "1",
     "TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "32", "EVAL_SEQ_LEN": f"{SEQ}",
     "EVAL_STRIDE": f"{STRIDE}", "TTT_CHUNK_TOKENS": f"{SIZE}", "TTT_BATCH_SEQS": "2", "TTT_EPOCHS": "2",
-    "TTT_LR": "0.003",
+    "TTT_LR": "0.003", "TTT_OPTIMIZER": "adamw", "TTT_SCHEDULE": "run", "TTT_TEMPERATURE": "0.98",
 }  # fmt: skip
 POSITIONS = 5 * SIZE + SEQ  # the last chunk is half a chunk
 
@@ -186,6 +188,96 @@ def test_no_target_is_trained_before_it_is_scored(monkeypatch, positions, stride
     seen = torch.cat([batch.flatten() for batch in targets_seen])
     expected = torch.cat([tokens[1 : last + 1].view(-1, size)] * hp.ttt_epochs, dim=1).flatten().long()
     assert torch.equal(seen.sort().values, expected.sort().values)  # every epoch, each target once
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Any number of ranks
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Where the threads that stand for ranks exchange tensors."""
+
+    def __init__(self, size):
+        self.brought, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
+
+    def gather(self, rank, thing):
+        self.brought[rank] = thing
+        self.barrier.wait()
+        everything = list(self.brought)
+        self.barrier.wait()
+        return everything
+
+
+def rank_world(hp, rank, size, meeting):
+    """A World of one rank among `size` threads; its collectives add in the order of the ranks."""
+    world = copy.copy(tg.World(hp, {}))
+    world.rank, world.size, world.grouped = rank, size, size > 1
+    world.sum_ = lambda tensor: tensor.copy_(sum(meeting.gather(rank, tensor.clone())))
+    world.max = lambda value: max(meeting.gather(rank, value))
+    return world
+
+
+def run_ranks(size, hp, tokens, change=lambda rank, model: None):
+    """Per rank: score, losses, proof and weights, or the error that stopped it."""
+    meeting, results = Meeting(size), [None] * size
+
+    def one(rank):
+        model, nll = random_model_of(rank, hp, change), torch.full((len(tokens) - 1,), math.nan)
+        world = rank_world(hp, rank, size, meeting)
+        try:
+            score, proof = tg.evaluate_ttt(
+                model, tokens, torch.arange(len(tokens) - 1) % 5, hp, world, tg.RunLog(None), nll=nll
+            )
+            results[rank] = score, nll, proof, model.state_dict()
+        except tg.UserError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+BUILDING = threading.Lock()  # weights are drawn from the one global generator
+
+
+def random_model_of(rank, hp, change):
+    with BUILDING:
+        model = random_model(hp)
+        change(rank, model)
+        return model
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_ranks_take_equal_steps_and_agree(size, batch):
+    """Batches of 2 and 3 sequences leave some of 5 ranks without any; their weights must not drift apart."""
+    hp, tokens = settings(ttt_batch_seqs=batch, ttt_chunk_tokens=5 * SEQ), some_text(11 * SEQ + 8)
+    one = run_ranks(1, hp, tokens)[0]
+    ranks = run_ranks(size, hp, tokens)
+    steps = 2 * hp.ttt_epochs * -(-5 // batch)  # two of three chunks are trained
+    assert [proof["steps"] for _, _, proof, _ in ranks] == [steps] * size
+    for _, _, _, weights in ranks:
+        assert all(torch.equal(weights[name], value) for name, value in ranks[0][3].items())
+    for score, _, _, _ in ranks:
+        assert (score.positions, score.bytes) == (one[0].positions, one[0].bytes)
+        assert score.val_bpb == pytest.approx(one[0].val_bpb, abs=1e-5)
+    scored = torch.stack([torch.isfinite(nll) for _, nll, _, _ in ranks]).sum(0)
+    assert (scored == 1).all()  # each position by one rank
+    assert ranks[0][2]["weight_change"] == pytest.approx(one[2]["weight_change"], rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_drift_apart_stop_the_run(size):
+    def drift(rank, model):
+        with torch.no_grad():
+            model.skip_weights[0, 0] += 1e-6 * (rank == size - 1)
+
+    results = run_ranks(size, settings(ttt_params="all"), some_text(), drift)
+    assert all("weights differ after TTT chunk 0" in str(error) for error in results)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,677 @@
+"""Audit a finished run from its artifact: is the score right, and was it reached by the rules?
+
+    python records/audit.py logs/RUN/artifact.bin --data data/datasets/NAME --tokenizer TOKENIZER
+    python records/audit.py logs/RUN/artifact.bin --positions 300000        a slice of validation first
+
+The artifact is scored again by train_gpt.py's own `evaluate` or `evaluate_ttt`, with the settings of the
+result.json beside it, or those of the environment (PRESET, ...) where there is none. DEVICE, COMPILE and
+ATTENTION of the environment always count: they say where the audit runs. The audited score is the run's last
+one: with test-time training where that is on, else sliding, else plain windows.
+
+Repeated passes on a CPU are compared bit for bit. CUDA kernels may add in another order each time: there, one
+pass is repeated unchanged, and four times its largest difference is what counts as equal.
+
+Prints a table with pass, fail or not checked, and the evidence; writes audit.json beside the artifact, where
+`passed` says that every check passed. Exits 1 where one failed, and on a mistake; a check that could not be
+made is neither a failure nor a pass.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import secrets
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
+
+SCRIPT = ROOT / "train_gpt.py"
+CAP, CLOCK = 16_000_000, 600.0  # the challenge's, whatever limits the run set itself
+PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
+OF_THIS_MACHINE = ("DEVICE", "COMPILE", "ATTENTION")
+OF_THE_RUN_ALONE = ("run_id", "stages", "artifact", "resume", "tensorboard")
+ON_THE_CLOCK = {"training": ("train", "calibrate", "quantise and pack"), "evaluation": ("load",)}
+OFF_THE_CLOCK = {"training": {"warm-up", "rehearsal", "validation", "float"}, "evaluation": set()}
+SUM_TOLERANCE = 1e-4  # of the probabilities of a vocabulary, each from a float32 loss
+MOST_NOISE = 0.2  # nats; where equal passes differ by more, comparing them says nothing
+WINDOW_CUTS = 32  # windows cut singly
+SWEEP_TOKENS = 1 << 16  # read to sum the probabilities of one place
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    status: str
+    evidence: str
+
+
+def verdict(name: str, faults: list[str], evidence: str) -> Check:
+    """Pass with the evidence, or fail with the faults."""
+    return Check(name, FAIL if faults else PASS, "; ".join(faults) or evidence)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The scoring path
+#
+# Every pass starts from the artifact's bytes and runs the script's own scorer. Two things are put into it: a
+# ledger in the place of the tensor that receives losses, and a hook around the training on a chunk.
+
+class Ledger:
+    """Receives losses as the scorer hands them over: how often each position came, and whether in order."""
+
+    def __init__(self, positions: int):
+        self.losses = torch.full((positions,), math.nan)
+        self.counts = torch.zeros(positions, dtype=torch.int32)
+        self.reached = 0  # every position before this one is scored, in order
+        self.disorder = 0
+
+    def __setitem__(self, where: Tensor, losses: Tensor) -> None:
+        where = where.flatten()
+        if torch.equal(where, torch.arange(self.reached, self.reached + len(where))):
+            self.reached += len(where)
+        else:
+            self.disorder += 1
+        self.counts.index_add_(0, where, torch.ones_like(where, dtype=torch.int32))
+        self.losses[where] = losses.flatten()
+
+    def faults(self) -> list[str]:
+        """What is wrong with the way positions were scored."""
+        missing, repeated = int((self.counts == 0).sum()), int((self.counts > 1).sum())
+        bad = int((~torch.isfinite(self.losses)).sum()) - missing
+        return [text for number, text in (
+            (missing, f"{missing} positions were not scored"),
+            (repeated, f"{repeated} positions were scored more than once"),
+            (bad, f"{bad} losses are not finite"),
+            (self.disorder, f"{self.disorder} batches came out of order")) if number]
+
+
+@dataclass
+class Pass:
+    """One run of the scorer."""
+
+    model: tg.GPT
+    ledger: Ledger
+    score: tg.Score | None = None  # none where the pass was stopped, or the scorer refused its own result
+    refusal: str = ""
+    trained: list[tuple[int, int, int]] = field(default_factory=list)  # chunk, its end, positions scored then
+
+    @property
+    def losses(self) -> Tensor:
+        """Nats per position, (positions,) float32."""
+        return self.ledger.losses
+
+
+class Enough(Exception):
+    """The scores that a pass was made for are there."""
+
+
+@contextlib.contextmanager
+def around_training(train: Callable) -> Iterator[None]:
+    """Call train(genuine, tokens, first, end, chunk, chunks) where the scorer trains on a chunk."""
+    genuine = tg.ChunkTrainer.train
+    tg.ChunkTrainer.train = lambda trainer, *arguments: train(functools.partial(genuine, trainer), *arguments)
+    try:
+        yield
+    finally:
+        tg.ChunkTrainer.train = genuine
+
+
+class Narrator:
+    """Stands in for the run's log: the lines that tell the time left go to stderr."""
+
+    def __init__(self):
+        self.stage = ""
+
+    def begin(self, stage: str) -> None:
+        """Say what comes next."""
+        self.stage = stage
+        print(f"audit: {stage}", file=sys.stderr, flush=True)
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if " left:" in line:
+            print(f"audit: {self.stage}: {line}", file=sys.stderr, flush=True)
+
+    def metric(self, event: str, **values) -> None:
+        """Metrics are the run's."""
+
+
+class ScoringPath:
+    """The run's own way from artifact and tokens to losses."""
+
+    def __init__(self, blob: bytes, hp: tg.Hyperparameters, world: tg.World, whole: int,
+                 untrained_from: int | None):
+        """whole: positions of the split; untrained_from: the chunk from which the clock left no training."""
+        self.blob, self.hp, self.world, self.untrained_from = blob, hp, world, untrained_from
+        self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
+        compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
+        self.score_fn = torch.compile(tg.token_losses, dynamic=False) if compiling else tg.token_losses
+        self.batch_tokens = tg.scoring_batch_tokens(hp, world)
+        self.log = Narrator()
+        self.tolerance = 0.0
+
+    @property
+    def name(self) -> str:
+        """The score that this path leads to, as result.json names it."""
+        return "ttt" if self.hp.ttt_enabled else "roundtrip" if self.hp.skip_sliding else "sliding"
+
+    def load(self) -> tg.GPT:
+        """The model, from the artifact alone."""
+        model, _, _ = tg.load_artifact(self.blob, self.hp, self.world)
+        tg.choose_attention(self.hp, model, self.world)
+        return model
+
+    def score(self, tokens: Tensor, byte_counts: Tensor, noise_from: float | None = None,
+              stop_after: int | None = None) -> Pass:
+        """Score tokens (positions + 1,) from the artifact's weights on.
+
+        noise_from  training sees random tokens beyond what is scored, and from this chunk on everywhere
+        stop_after  scores after this chunk and the next are not needed
+        """
+        done = Pass(self.load(), Ledger(len(tokens) - 1))
+        noise = torch.randint_like(tokens, self.hp.vocab_size)
+
+        def train(genuine: Callable, text: Tensor, first: int, end: int, chunk: int, _: int) -> None:
+            reached = done.ledger.reached
+            done.trained.append((chunk, end, reached))
+            if stop_after is not None and chunk > stop_after:
+                raise Enough
+            if noise_from is not None:
+                text = torch.cat((text[: reached + 1], noise[reached + 1:])) if chunk < noise_from else noise
+            if self.untrained_from is None or chunk < self.untrained_from:
+                genuine(text, first, end, chunk, self.chunks)
+
+        try:
+            with around_training(train):
+                done.score = self._scorer()(done.model, tokens, byte_counts, nll=done.ledger)
+        except Enough:
+            pass
+        except RuntimeError as error:
+            if not done.ledger.faults():
+                raise
+            done.refusal = str(error)
+        return done
+
+    def _scorer(self) -> Callable:
+        """The call that the run's last score came from."""
+        hp, world = self.hp, self.world
+
+        def with_training(model: tg.GPT, tokens: Tensor, byte_counts: Tensor, nll: Ledger) -> tg.Score:
+            return tg.evaluate_ttt(model, tokens, byte_counts, hp, world, self.log, score_fn=self.score_fn,
+                                   nll=nll)[0]
+
+        def plain(model: tg.GPT, tokens: Tensor, byte_counts: Tensor, nll: Ledger) -> tg.Score:
+            stride = hp.eval_seq_len if hp.skip_sliding else hp.eval_stride
+            windows = tg.sliding_windows(len(tokens) - 1, hp.eval_seq_len, stride)
+            return tg.evaluate(model, tokens, byte_counts, windows, world, self.batch_tokens,
+                               score_fn=self.score_fn, nll=nll,
+                               progress=tg.Progress(self.log, self.name, len(tokens) - 1))
+
+        return with_training if hp.ttt_enabled else plain
+
+    def rows(self, model: tg.GPT, rows: Tensor, scored: int) -> Tensor:
+        """Losses of the last `scored` positions of each row by itself; rows (N, T + 1) -> (N, scored)."""
+        N, length = rows.shape
+        ends = [(i + 1) * length - 1 for i in range(N)]
+        windows = [(end - length + 1, end, end - scored) for end in ends]
+        nll = torch.zeros(rows.numel())
+        no_bytes = torch.zeros(rows.numel(), dtype=torch.int32, device=rows.device)
+        temperature = self.hp.ttt_temperature if self.hp.ttt_enabled else 1.0
+        tg.evaluate(model, rows.flatten(), no_bytes, windows, self.world, self.batch_tokens, temperature,
+                    self.score_fn, nll)
+        return nll.view(N, length)[:, length - 1 - scored: length - 1]
+
+    def differing(self, a: Tensor, b: Tensor) -> int:
+        """How many losses are not the same; NaN is never the same."""
+        return int((~((a - b).abs() <= self.tolerance)).sum())
+
+    @property
+    def same(self) -> str:
+        """How equal losses are that count as the same."""
+        return f"equal to {self.tolerance:.1g} nats" if self.tolerance else "equal bit for bit"
+
+
+@dataclass
+class Case:
+    """What is audited: the path, the positions on it, the pass over them, and a source of random places."""
+
+    path: ScoringPath
+    tokens: Tensor
+    byte_counts: Tensor
+    base: Pass
+    rng: random.Random
+    passes: int
+
+    @property
+    def positions(self) -> int:
+        """How many positions are audited."""
+        return len(self.tokens) - 1
+
+    @property
+    def trained(self) -> list[int]:
+        """The chunks that were trained on."""
+        last = self.path.untrained_from
+        return [chunk for chunk, _, _ in self.base.trained if last is None or chunk < last]
+
+    def too_short(self) -> str:
+        """Why nothing can be said of test-time training, where that is on and never came to train."""
+        path, hp = self.path, self.path.hp
+        if not hp.ttt_enabled or self.trained or path.chunks < 2 or path.untrained_from == 0:
+            return ""
+        return (f"the first {self.positions:,} positions hold no training; use --positions "
+                f"{2 * hp.ttt_chunk_tokens} or more")
+
+
+def repeat_pass(case: Case) -> None:
+    """On CUDA, let a second pass over the same tokens say which differences mean nothing."""
+    if case.path.world.device.type == "cuda":
+        case.path.log.begin("the same pass again, for the differences that CUDA kernels make by themselves")
+        again = case.path.score(case.tokens, case.byte_counts)
+        case.path.tolerance = 4 * float((again.losses - case.base.losses).abs().nan_to_num(math.inf).max())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The four conditions
+
+def changed_from(tokens: Tensor, t: int, vocab_size: int, rng: random.Random) -> Tensor:
+    """A copy in which every token from t on is another one; (..., T)."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    shift = torch.randint(1, vocab_size, tokens[..., t:].shape, generator=generator).to(tokens)
+    return torch.cat((tokens[..., :t], (tokens[..., t:] + shift) % vocab_size), dim=-1)
+
+
+def random_cuts(case: Case) -> list[int]:
+    """Tokens to change from on, one in each part of what is trained on; the last comes after a training."""
+    k, size = case.passes, case.path.hp.ttt_chunk_tokens
+    end = (case.trained[-1] + 1) * size if len(case.trained) > 1 else case.positions
+    bounds = [2 + (end - 2) * i // k for i in range(k + 1)]
+    if case.trained:
+        bounds[-2] = max(bounds[-2], size + 2)
+    return [case.rng.randrange(low, max(low + 1, high)) for low, high in zip(bounds, bounds[1:])]
+
+
+def cut_single_windows(case: Case) -> tuple[list[str], int]:
+    """Change the end of single windows, at many places: the faults found, the windows looked at."""
+    path, n = case.path, case.positions
+    windows = tg.sliding_windows(n, path.hp.eval_seq_len, path.hp.eval_stride)
+    chosen = case.rng.sample(windows, min(WINDOW_CUTS, len(windows)))
+    length = min(path.hp.eval_seq_len, n)
+    rows = torch.stack([case.tokens[end - length: end + 1] for _, end, _ in chosen])
+    cuts = [case.rng.randint(1, length) for _ in chosen]
+    others = torch.stack([changed_from(row, t, path.hp.vocab_size, case.rng) for row, t in zip(rows, cuts)])
+    before, after = (path.rows(case.base.model, each, length) for each in (rows, others))
+    wrong = sum(path.differing(a[: t - 1], b[: t - 1]) > 0 for a, b, t in zip(before, after, cuts))
+    faults = [f"in {wrong} of {len(cuts)} single windows a loss depends on tokens after its target"]
+    return faults[: wrong > 0], len(cuts)
+
+
+def check_causal(case: Case) -> Check:
+    """Changing tokens from t on leaves every loss before t as it was: position p scores token p + 1."""
+    path, base, cuts = case.path, case.base.losses, random_cuts(case)
+    faults, windows = cut_single_windows(case)
+    if path.tolerance > MOST_NOISE:
+        faults.append(f"two passes over the same tokens differ by {path.tolerance / 4:.2g} nats")
+    for i, t in enumerate(cuts, 1):
+        path.log.begin(f"causality {i} of {len(cuts)}: tokens from {t} on changed")
+        changed = changed_from(case.tokens, t, path.hp.vocab_size, case.rng)
+        other = path.score(changed, case.byte_counts, stop_after=t // path.hp.ttt_chunk_tokens)
+        if wrong := path.differing(base[: t - 1], other.losses[: t - 1]):
+            faults.append(f"tokens from {t} on change {wrong} losses of tokens before {t}")
+        later = slice(t - 1, other.ledger.reached)
+        if not path.differing(base[later], other.losses[later]):
+            faults.append(f"tokens from {t} on change nothing at all: the path does not read them")
+    if not faults and (reason := case.too_short()):
+        return Check("causal", NOT_CHECKED, reason)
+    how = "with test-time training on, " if case.trained else ""
+    return verdict("causal", faults, f"{how}tokens changed from {', '.join(map(str, cuts))} on: all "
+                   f"{sum(cuts) - len(cuts):,} losses before them are {path.same}; so in {windows} windows "
+                   f"taken singly")
+
+
+def check_normalised(case: Case) -> Check:
+    """Put every token of the vocabulary in one place of a text and score it there, by the path's own scorer.
+
+    Probabilities that are fixed before the target is looked at sum to 1; those that look at it do not.
+    """
+    path, V = case.path, case.path.hp.vocab_size
+    length = min(path.hp.eval_seq_len, case.positions, max(SWEEP_TOKENS // V, 16))
+    batch = max(path.batch_tokens // length, 1)
+    copies, sums = -(-V // batch) * batch, []  # full batches only: another shape may round another way
+    path.log.begin(f"normalisation: {case.passes} texts of {length} tokens, {V} targets in one place of each")
+    for model in (path.load(), case.base.model):
+        for _ in range(case.passes):
+            start = case.rng.randint(0, case.positions - length)
+            place = case.rng.randint(1, max(1, length - 1))  # text goes on behind it, for a model that peeks
+            rows = case.tokens[start: start + length + 1].repeat(copies, 1)
+            rows[:, place] = torch.arange(copies).to(rows) % V
+            losses = path.rows(model, rows, length - place + 1)[:V, 0].double()
+            sums.append(float((-losses).exp().sum()) if torch.isfinite(losses).all() else math.nan)
+    wrong = [total for total in sums if not abs(total - 1) <= SUM_TOLERANCE]
+    faults = [f"the probabilities sum to {total:.6f}, to other than 1 in {len(wrong)} of {len(sums)} places"
+              for total in wrong[:1]]
+    return verdict("normalised", faults, f"in {len(sums)} places the probabilities of all {V} tokens, each "
+                   f"measured as the target, sum to 1 within {max(abs(total - 1) for total in sums):.1e} "
+                   f"(limit {SUM_TOLERANCE:.0e}), with the artifact's weights and with those after the pass")
+
+
+def check_score_before_update(case: Case) -> Check:
+    """Training sees what is scored, and noise in its place changes no score up to there."""
+    name, path, base = "score before update", case.path, case.base
+    if reason := case.too_short():
+        return Check(name, NOT_CHECKED, reason)
+    if not case.trained:
+        fresh, used = path.load().state_dict(), base.model.state_dict()
+        moved = [key for key in fresh if not torch.equal(fresh[key], used[key])]
+        return verdict(name, [f"{moved[0]} has changed, though nothing was to be trained"] if moved else [],
+                       "nothing is trained: after the pass the weights are the artifact's")
+    faults = [f"training on chunk {chunk} goes up to position {end - 1} when {reached} positions are scored"
+              for chunk, end, reached in base.trained if end > reached][:1]
+    path.log.begin("score before update: training sees noise where no position is scored yet")
+    blind = path.score(case.tokens, case.byte_counts, noise_from=math.inf)
+    if path.differing(base.losses, blind.losses):
+        faults.append("training reads targets that are not scored yet: without them losses are other ones")
+    starts = sorted(case.rng.sample(case.trained, min(case.passes, len(case.trained))))
+    effects = 0
+    for i, chunk in enumerate(starts, 1):
+        path.log.begin(f"score before update {i} of {len(starts)}: noise for training from chunk {chunk} on")
+        other = path.score(case.tokens, case.byte_counts, noise_from=chunk, stop_after=chunk)
+        border = (chunk + 1) * path.hp.ttt_chunk_tokens
+        if wrong := path.differing(base.losses[:border], other.losses[:border]):
+            faults.append(f"training from chunk {chunk} on changes {wrong} losses of chunks up to {chunk}")
+        later = slice(border, other.ledger.reached)
+        effects += path.differing(base.losses[later], other.losses[later]) > 0
+    if not faults and not effects:
+        return Check(name, NOT_CHECKED, "noise in the place of the training text changes no later loss: the "
+                                        "training has no effect, or does not go through ChunkTrainer.train")
+    return verdict(name, faults, f"each of {len(case.trained)} chunks was scored to its end before its "
+                   f"training began, and training reads no target beyond; noise for training from chunk "
+                   f"{', '.join(map(str, starts))} on leaves all losses up to that chunk's end {path.same}, "
+                   f"and changes later ones")
+
+
+def check_positions(case: Case, shards: np.ndarray, whole: Tensor) -> Check:
+    """Every position once, in order; the split and the sums recounted."""
+    base, n, seq_len = case.base, case.positions, case.path.hp.eval_seq_len
+    faults = base.ledger.faults() + ([f"the scorer stopped: {base.refusal}"] if base.refusal else [])
+    expected = (len(shards) - 1) // seq_len * seq_len
+    if len(whole) != expected + 1 or not np.array_equal(whole.cpu().numpy(), shards[: expected + 1]):
+        faults.append(f"the scored tokens are not the first {expected + 1} of the validation shards")
+    if base.score is not None:
+        nats = float(base.losses.double().sum())
+        if base.score.positions != n:
+            faults.append(f"the score counts {base.score.positions} positions, not {n}")
+        if not math.isclose(base.score.nats, nats, rel_tol=1e-9):
+            faults.append(f"the score sums to {base.score.nats:.6f} nats, its losses to {nats:.6f}")
+    part = "the whole split" if n == expected else f"the first of {expected:,}"
+    return verdict("each position once", faults, f"{n:,} positions ({part}), one loss each, from left to "
+                   f"right; the score is their float64 sum; the shards, read by other code, hold them")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bytes, counted by other code
+
+def read_validation(folder: str) -> np.ndarray:
+    """The ids of all validation shards: what follows their headers of 1,024 bytes."""
+    files = sorted(path for path in Path(folder).iterdir() if path.match("fineweb_val_*.bin"))
+    return np.concatenate([np.frombuffer(path.read_bytes()[1024:], "<u2") for path in files]).astype(np.int32)
+
+
+@dataclass
+class ByteRule:
+    """The official rule once more: bytes of a piece, whether it opens with a blank, whether it is no text."""
+
+    size: np.ndarray
+    blank: np.ndarray
+    silent: np.ndarray
+
+    @staticmethod
+    def of(processor) -> ByteRule:
+        """Read every piece of a SentencePiece model."""
+        ids = range(processor.get_piece_size())
+        silent = [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids]
+        text = [b"" if silent[i] else b"x" if processor.is_byte(i) else processor.id_to_piece(i).encode()
+                for i in ids]
+        blank = np.array([piece.startswith("\u2581".encode()) for piece in text])
+        return ByteRule(np.array([len(piece) for piece in text]) - 3 * blank, blank, np.array(silent))
+
+    def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bytes of each target."""
+        return self.size[target] + (self.blank[target] & ~self.silent[previous])
+
+
+def decoded_faults(processor, rule: ByteRule, tokens: np.ndarray,
+                   counted: np.ndarray) -> tuple[list[str], str]:
+    """Compare counted bytes with decoded text, from one boundary to the next: faults and evidence.
+
+    A blank right after a boundary is text that is not charged: the one byte that may lie between the two.
+    """
+    targets = tokens[1:]
+    borders = [-1, *np.flatnonzero(rule.silent[targets]).tolist(), len(targets)]
+    pieces = [(low + 1, high) for low, high in zip(borders, borders[1:]) if high > low + 1]
+    ends = (pieces[0], pieces[-1]) if pieces else ()  # a slice may cut a character in two
+    total, off = 0, 0
+    for piece in pieces:
+        low, high = piece
+        text = len(processor.decode(targets[low:high].tolist()).encode())
+        gap = text - int(counted[low:high].sum())
+        total += text
+        off += not (-12 <= gap <= 12 if piece in ends else 0 <= gap <= 1)
+    faults = [f"in {off} of {len(pieces)} documents the bytes are not those of the decoded text"]
+    return faults[: off > 0], f"{len(pieces):,} documents decode to {total:,} bytes, at most one more each"
+
+
+def check_bytes(case: Case, processor) -> Check:
+    """The bytes of the score against the rule written a second time, and against decoded text."""
+    rule, table, tokens = ByteRule.of(processor), tg.ByteTable(processor), case.tokens.cpu().numpy()
+    counted, faults = rule.count(tokens[:-1], tokens[1:]), []
+    ids = np.arange(len(rule.size))
+    for before in (ids[rule.silent][0], ids[~rule.silent][0]):
+        previous = np.full_like(ids, before)
+        got = table.count(torch.from_numpy(previous), torch.from_numpy(ids)).numpy()
+        if wrong := np.flatnonzero(got != rule.count(previous, ids)).tolist():
+            faults.append(f"the byte table is wrong for {len(wrong)} tokens, such as "
+                          f"{processor.id_to_piece(wrong[0])!r}: {got[wrong[0]]}")
+    if wrong := int((case.byte_counts.cpu().numpy() != counted).sum()):
+        faults.append(f"{wrong} positions are charged other bytes than the rule says")
+    if case.base.score is not None and case.base.score.bytes != counted.sum():
+        faults.append(f"the score divides by {case.base.score.bytes} bytes; there are {counted.sum()}")
+    case.path.log.begin("bytes of the decoded text")
+    more, decoded = decoded_faults(processor, rule, tokens, counted)
+    return verdict("bytes", faults + more, f"{counted.sum():,} bytes by a second implementation of the rule, "
+                   f"position by position; the table agrees on {len(ids)} pieces; {decoded}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the run says of itself
+
+def check_size(blob: bytes) -> Check:
+    """Code and artifact against the cap."""
+    code, total = SCRIPT.stat().st_size, len(blob) + SCRIPT.stat().st_size
+    text = f"model {len(blob):,} B + code {code:,} B = {total:,} B of {CAP:,} B"
+    return verdict("size", [text] if total > CAP else [], text)
+
+
+def check_identity(blob: bytes, result: Mapping) -> Check:
+    """The result beside the artifact is about this file, and came from this script."""
+    name = "script and artifact"
+    if "script_sha256" not in result or "scored_artifact_sha256" not in result:
+        return Check(name, NOT_CHECKED, "no result.json beside the artifact says what was scored by what")
+    sizes, code, faults = result.get("artifact", {}), SCRIPT.read_bytes(), []
+    if result["scored_artifact_sha256"] != hashlib.sha256(blob).hexdigest():
+        faults.append("result.json is about another artifact")
+    if result["script_sha256"] != hashlib.sha256(code).hexdigest():
+        faults.append("the run's train_gpt.py was another one than this; its source opens the run's log.txt")
+    for key, actual in (("model_bytes", len(blob)), ("code_bytes", len(code))):
+        if sizes.get(key, actual) != actual:
+            faults.append(f"result.json says {key} {sizes[key]:,}; the file has {actual:,}")
+    return verdict(name, faults, f"SHA-256 of script and artifact{', and their bytes,' if sizes else ''} are "
+                                 f"those of result.json")
+
+
+def check_clock(clock: str, result: Mapping, score: str) -> Check:
+    """One of the 600 s clocks, added up again, with everything on it that belongs there."""
+    report = result.get("budget", {}).get(clock)
+    if not report:
+        return Check(f"{clock} clock", NOT_CHECKED, "no result.json beside the artifact holds this clock")
+    counted, free = report["counted"], report["uncounted"]
+    needed = {*ON_THE_CLOCK[clock], *([score] if clock == "evaluation" else [])}
+    used = sum(counted.values())
+    faults = [f"{used:.1f} s of {CLOCK:.0f} s"] if used > CLOCK else []
+    faults += [f"{phase} is not on the clock" for phase in sorted(needed - counted.keys())]
+    faults += [f"{phase} is left out of the clock" for phase in sorted(free.keys() - OFF_THE_CLOCK[clock])]
+    if abs(used - report["used"]) > 0.01:
+        faults.append(f"the phases add up to {used:.2f} s, not {report['used']:.2f} s")
+    return verdict(f"{clock} clock", faults, f"{used:.1f} s of {CLOCK:.0f} s in {len(counted)} phases; "
+                                             f"not counted: {', '.join(free) or 'nothing'}")
+
+
+def check_score(case: Case, result: Mapping, whole: int) -> Check:
+    """The audited score against the one that the run reported."""
+    path, score = case.path, case.base.score
+    name = f"{path.name} score of the run"
+    if score is None:
+        return Check(name, FAIL, f"the scorer gave none: {case.base.refusal}")
+    mine, theirs = score.val_bpb, result.get("bpb", {}).get(path.name)
+    if case.positions != whole:
+        return Check(name, NOT_CHECKED, f"val_bpb {mine:.6f} on the first {case.positions:,} of {whole:,} "
+                                        f"positions; leave --positions out to compare")
+    if theirs is None:
+        return Check(name, NOT_CHECKED, f"val_bpb {mine:.6f}; no result.json beside the artifact holds it")
+    exact = path.world.dtype == torch.float32 and not path.hp.ttt_enabled
+    limit = 1e-6 if exact else 1e-4  # other ranks, batches and kernels
+    faults = [f"{key} is {result[key]} in result.json, {value} here"
+              for key, value in (("val_tokens", whole), ("val_bytes", score.bytes))
+              if result.get(key, value) != value]
+    text = f"val_bpb {mine:.8f}, reported {theirs:.8f}, difference {mine - theirs:+.1e} (limit {limit:.0e})"
+    return verdict(name, faults + ([] if abs(mine - theirs) <= limit else [text]), text)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The audit
+
+def read_result(artifact: Path) -> dict:
+    """The result.json beside the artifact; empty where there is none."""
+    path = artifact.parent / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if {"preset", "changed"} <= result.keys() else {}
+    except (ValueError, AttributeError):
+        raise tg.UserError(f"{path} is not a run's result; move it away to audit without it") from None
+
+
+def run_settings(result: Mapping, env: Mapping[str, str], places: Mapping[str, str]) -> tg.Hyperparameters:
+    """The settings that the run was scored with, of its result, else of the environment; data at `places`."""
+    given = dict(env)
+    if result:
+        result = result.get("scored_with", result)
+        show = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        changed = {key: value for key, value in result["changed"].items() if key not in OF_THE_RUN_ALONE}
+        given = {"PRESET": result["preset"]} | {key.upper(): show(value) for key, value in changed.items()}
+        given["DTYPE"] = {"bfloat16": "bf16", "float32": "fp32"}[result["dtype"]]
+        given |= {key: env[key] for key in OF_THIS_MACHINE if key in env}
+    fixed = {"STAGES": "evaluate", "RESUME": "0", "ARTIFACT": ""}
+    return tg.Hyperparameters.from_env({**given, **places, **fixed})
+
+
+def audit(artifact: Path, places: Mapping[str, str], positions: int | None = None, passes: int = 3,
+          seed: int = 0, env: Mapping[str, str] = os.environ) -> list[Check]:
+    """Every check of the artifact, on the first `positions` of validation (none: on all).
+
+    places: DATA_PATH and TOKENIZER_PATH where they are not the run's own. Raises UserError on a mistake.
+    """
+    if not artifact.is_file():
+        raise tg.UserError(f"{artifact} is missing; name the artifact.bin of a finished run")
+    blob, result = artifact.read_bytes(), read_result(artifact)
+    hp = run_settings(result, env, places)
+    world = tg.World(hp, {})
+    _, hp, _ = tg.load_artifact(blob, hp, world)
+    torch.manual_seed(seed)
+    validation = tg.Validation.load(hp, world)
+    processor = tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    whole = len(validation.tokens) - 1
+    count = min(positions or whole, whole)
+    stopped = result.get("proofs", {}).get("ttt", {}).get("untrained_from_chunk")
+    path = ScoringPath(blob, hp, world, whole, stopped)
+    tokens, byte_counts = validation.tokens[: count + 1], validation.byte_counts[:count]
+    path.log.begin(f"the {path.name} score of {count:,} of {whole:,} positions")
+    case = Case(path, tokens, byte_counts, path.score(tokens, byte_counts), random.Random(seed), passes)
+    repeat_pass(case)
+    return [check_causal(case), check_normalised(case), check_score_before_update(case),
+            check_positions(case, read_validation(hp.data_path), validation.tokens),
+            check_bytes(case, processor), check_score(case, result, whole), check_size(blob),
+            check_identity(blob, result), check_clock("training", result, path.name),
+            check_clock("evaluation", result, path.name)]
+
+
+def table(checks: list[Check], width: int = 110) -> str:
+    """Names, statuses and evidence in columns."""
+    first = max(len(check.name) for check in checks) + 2
+    second = len(NOT_CHECKED) + 2
+    lines = []
+    for check in checks:
+        evidence = textwrap.wrap(check.evidence, width - first - second) or [""]
+        lines.append(f"{check.name:<{first}}{check.status:<{second}}{evidence[0]}")
+        lines += [" " * (first + second) + line for line in evidence[1:]]
+    return "\n".join(lines)
+
+
+def summary(checks: list[Check]) -> str:
+    """The last line."""
+    failed, open_ = (sum(check.status == status for check in checks) for status in (FAIL, NOT_CHECKED))
+    if failed:
+        return f"audit: FAILED, {failed} of {len(checks)} checks"
+    return f"audit: incomplete, {open_} of {len(checks)} not checked, the others passed" if open_ else \
+        f"audit: passed, all {len(checks)} checks"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="e.g. logs/RUN/artifact.bin")
+    parser.add_argument("--data", help="folder of the validation shards (default: the run's)")
+    parser.add_argument("--tokenizer", help="SentencePiece model (default: the run's)")
+    parser.add_argument("--positions", type=int, metavar="N", help="the first N positions (default: all)")
+    parser.add_argument("--passes", type=int, default=3, help="perturbed passes per condition (default: 3)")
+    parser.add_argument("--seed", type=int, help="of the random places (default: another one each time)")
+    given = parser.parse_args(arguments)
+    seed = secrets.randbits(32) if given.seed is None else given.seed
+    try:
+        if given.passes < 1 or given.positions is not None and given.positions < 1:
+            raise tg.UserError("--positions and --passes must be at least 1")
+        named = {"DATA_PATH": given.data, "TOKENIZER_PATH": given.tokenizer}
+        places = {key: value for key, value in named.items() if value}
+        checks = audit(given.artifact, places, given.positions, given.passes, seed)
+        print(f"{given.artifact} (seed {seed})\n\n{table(checks)}\n\n{summary(checks)}")
+        report = {"passed": all(check.status == PASS for check in checks),
+                  "artifact_sha256": hashlib.sha256(given.artifact.read_bytes()).hexdigest(), "seed": seed,
+                  "positions": given.positions, "checks": [dataclasses.asdict(check) for check in checks]}
+        tg.write_atomically(given.artifact.parent / "audit.json", json.dumps(report, indent=1).encode())
+        return int(any(check.status == FAIL for check in checks))
+    except (tg.UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,485 @@
+"""The audit passes an honest run and catches every planted violation."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_shard
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit  # noqa: E402
+
+SMALLER = {"EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "TTT_CHUNK_TOKENS": "1024"}
+SLICE = 2300  # two chunks and a part of a third
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny) -> Path:
+    """One finished run on a short validation split; the folder that its artifact lies in."""
+    folder = tmp_path_factory.mktemp("audited")
+    shutil.copytree(tiny["DATA_PATH"], folder / "data")
+    val = folder / "data/fineweb_val_000000.bin"
+    write_shard(val, np.fromfile(val, "<u2", offset=1024)[:3000])
+    hp = tg.Hyperparameters.from_env(tiny | SMALLER | {"DATA_PATH": str(folder / "data"), "RUN_ID": "run"})
+    with contextlib.chdir(folder):
+        tg.run(hp, tg.World(hp, {}))
+    return folder / "logs/run"
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of the run's artifact and result, to be damaged."""
+    for name in ("artifact.bin", "result.json"):
+        shutil.copy(run / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """The sums over the vocabulary are the audit's longest work; 16 tokens of text do as well as 64."""
+    monkeypatch.setattr(audit, "SWEEP_TOKENS", 2**13)
+
+
+def change_result(folder, change):
+    """Edit result.json in place."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
+
+
+def checks_of(folder, positions=SLICE, passes=1, places=None, **env):
+    """Checks by name."""
+    done = audit.audit(folder / "artifact.bin", places or {}, positions, passes, seed=5, env=env)
+    return {check.name: check for check in done}
+
+
+def failed(checks):
+    return {name for name, check in checks.items() if check.status == "fail"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Honest runs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_honest_run_passes_whole_in_a_fresh_process(copy, tiny):
+    """Through the command line, with nothing but artifact, result, shards and tokenizer."""
+    command = [sys.executable, str(ROOT / "records/audit.py"), str(copy / "artifact.bin"), "--passes", "1"]
+    data = audit.read_result(copy / "artifact.bin")["data_path"]
+    command += ["--data", data, "--tokenizer", tiny["TOKENIZER_PATH"]]
+    clean = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=copy, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((copy / "audit.json").read_text())
+    assert report["passed"] is True
+    assert report["artifact_sha256"] == hashlib.sha256((copy / "artifact.bin").read_bytes()).hexdigest()
+    names = [check["name"] for check in report["checks"]]
+    assert names == [
+        "causal", "normalised", "score before update", "each position once", "bytes", "ttt score of the run",
+        "size", "script and artifact", "training clock", "evaluation clock",
+    ]  # fmt: skip
+    for check in report["checks"]:
+        assert check["status"] == "pass" and check["evidence"], check
+        assert check["name"] in done.stdout and check["evidence"].split()[0] in done.stdout
+    assert "with test-time training on" in report["checks"][0]["evidence"]
+    assert "difference +0.0e+00" in report["checks"][5]["evidence"]  # the same process count: the same digits
+    assert done.stdout.splitlines()[-1] == "audit: passed, all 10 checks"
+    assert "noise for training from chunk" in done.stderr  # progress
+    assert not list(copy.glob("*.tmp"))
+
+
+def test_a_slice_is_scored_as_in_the_whole_run(run):
+    """The learning rates of a slice are those of the whole: its losses are the run's first ones."""
+    hp = audit.run_settings(audit.read_result(run / "artifact.bin"), {}, {})
+    blob, world = (run / "artifact.bin").read_bytes(), tg.World(hp, {})
+    validation = tg.Validation.load(hp, world)
+    whole = len(validation.tokens) - 1
+    path = audit.ScoringPath(blob, hp, world, whole, None)
+    passes = [
+        path.score(validation.tokens[: n + 1], validation.byte_counts[:n]).losses for n in (SLICE, whole)
+    ]
+    full_chunks = SLICE // hp.ttt_chunk_tokens * hp.ttt_chunk_tokens
+    torch.testing.assert_close(passes[0][:full_chunks], passes[1][:full_chunks], rtol=0, atol=0)
+    same = SLICE - hp.eval_stride  # the last window of a slice ends where the slice does
+    torch.testing.assert_close(passes[0][:same], passes[1][:same], rtol=1e-5, atol=1e-5)
+
+
+def test_a_slice_and_a_missing_result_are_never_a_pass(run, copy, tiny, capsys, monkeypatch):
+    (copy / "result.json").unlink()
+    folder = audit.read_result(run / "artifact.bin")["data_path"]
+    for key, value in (tiny | SMALLER | {"DATA_PATH": folder}).items():
+        monkeypatch.setenv(key, value)
+    assert audit.main([str(copy / "artifact.bin"), "--positions", str(SLICE), "--passes", "1"]) == 0
+    report = json.loads((copy / "audit.json").read_text())
+    statuses = {check["name"]: check["status"] for check in report["checks"]}
+    open_ = {"ttt score of the run", "script and artifact", "training clock", "evaluation clock"}
+    assert {name for name, status in statuses.items() if status == "not checked"} == open_
+    assert report["passed"] is False and "fail" not in statuses.values()
+    assert "incomplete, 4 of 10" in capsys.readouterr().out
+
+
+def test_a_slice_without_training_says_so(run):
+    checks = checks_of(run, positions=1000)
+    for name in ("causal", "score before update"):
+        assert checks[name].status == "not checked" and "--positions 2048" in checks[name].evidence
+    assert not failed(checks)
+
+
+@pytest.mark.parametrize("skip_sliding, name", [("0", "sliding"), ("1", "roundtrip")])
+def test_a_run_without_test_time_training(copy, skip_sliding, name):
+    def change(result):
+        result["scored_with"]["changed"] |= {"ttt_enabled": False, "skip_sliding": skip_sliding == "1"}
+        result["bpb"]["ttt"] = None
+
+    change_result(copy, change)
+    checks = checks_of(copy, positions=None)
+    assert {check.status for check in checks.values()} == {"pass"}
+    assert "nothing is trained" in checks["score before update"].evidence
+    assert "difference" in checks[f"{name} score of the run"].evidence
+
+
+def test_training_that_the_clock_stopped_is_repeated_as_it_was(copy):
+    """The run trained on one chunk only: so does the audit, whatever time it has."""
+    change_result(copy, lambda result: result["proofs"]["ttt"].update(untrained_from_chunk=1))
+    checks = checks_of(copy, positions=None)
+    assert "each of 1 chunks" in checks["score before update"].evidence
+    assert failed(checks) == {"ttt score of the run"}  # this run's own score came from more training
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Planted violations: the distribution
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead, name", [(1, "normalised"), (2, "causal"), (5, "causal")])
+def test_a_model_that_peeks_is_caught(run, monkeypatch, ahead, name):
+    """A little of a later place in the stream: of the target's own, or of one behind it."""
+    hidden = tg.GPT.hidden
+
+    def peeking(self, tokens):
+        x = hidden(self, tokens)
+        return torch.cat((x[:, :-ahead] + 0.02 * x[:, ahead:], x[:, -ahead:]), dim=1)
+
+    monkeypatch.setattr(tg.GPT, "hidden", peeking)
+    checks = checks_of(run)
+    assert name in failed(checks) <= {"causal", "normalised"}  # what comes behind the target knows the target
+    if name == "causal":
+        assert "single windows" in checks[name].evidence
+        assert "losses of tokens before" in checks[name].evidence
+
+
+def test_training_on_the_future_is_caught(run, monkeypatch):
+    """Training that reads one token more than was scored, hidden in the trainer itself."""
+    train = tg.ChunkTrainer.train
+    monkeypatch.setattr(
+        tg.ChunkTrainer,
+        "train",
+        lambda self, tokens, first, end, *rest: train(self, tokens, first + 1, end + 1, *rest),
+    )
+    checks = checks_of(run)
+    assert failed(checks) == {"score before update"}
+    assert "not scored yet" in checks["score before update"].evidence
+
+
+def test_text_that_changes_the_scores_before_it_is_caught(run, monkeypatch):
+    """A temperature chosen on the whole text: causal within a window, and not over the pass."""
+    evaluate = tg.evaluate_ttt
+
+    def chosen(model, tokens, byte_counts, hp, *args, **kwargs):
+        low = 0.98 - 0.01 * float(tokens.double().mean()) / hp.vocab_size
+        return evaluate(model, tokens, byte_counts, audit.dataclasses.replace(hp, ttt_temperature=low),
+                        *args, **kwargs)  # fmt: skip
+
+    monkeypatch.setattr(tg, "evaluate_ttt", chosen)
+    checks = checks_of(run)
+    assert "causal" in failed(checks) and "single windows" not in checks["causal"].evidence
+
+
+@pytest.mark.parametrize("kind", ["too sharp", "looks at the target"])
+def test_probabilities_that_do_not_sum_to_one_are_caught(run, monkeypatch, kind):
+    losses = tg.token_losses
+
+    def wrong(model, tokens, targets, scored, temperature=1.0):
+        nll = losses(model, tokens, targets, scored, temperature)
+        return nll * 0.99 if kind == "too sharp" else nll - 0.01 * (targets[:, -scored:] % 2)
+
+    monkeypatch.setattr(tg, "token_losses", wrong)
+    checks = checks_of(run)
+    assert failed(checks) == {"normalised"} and "sum to 1." in checks["normalised"].evidence
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Planted violations: the order of things
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train_first(model, tokens, byte_counts, hp, world, log, seconds=None, score_fn=tg.token_losses, nll=None):
+    """Test-time training as it must not be: a chunk is trained on, then scored."""
+    size, positions, total = hp.ttt_chunk_tokens, len(tokens) - 1, tg.Score()
+    trainer, chunks = tg.ChunkTrainer(model, hp, world), -(-positions // size)
+    for chunk in range(chunks):
+        end = min((chunk + 1) * size, positions)
+        if chunk + 1 < chunks:
+            trainer.train(tokens, chunk * size, end, chunk, chunks)
+        windows = [w for w in tg.sliding_windows(positions, hp.eval_seq_len, hp.eval_stride)
+                   if w[2] // size == chunk]  # fmt: skip
+        total += tg.evaluate(model, tokens, byte_counts, windows, world, 4096, hp.ttt_temperature, nll=nll)
+    return total, {}
+
+
+def test_training_before_scoring_is_caught(run, monkeypatch):
+    monkeypatch.setattr(tg, "evaluate_ttt", train_first)
+    checks = checks_of(run)
+    assert failed(checks) == {"causal", "score before update"}
+    evidence = checks["score before update"].evidence
+    assert "when 0 positions are scored" in evidence and "changes" in evidence
+
+
+def test_scoring_again_after_training_is_caught(run, monkeypatch):
+    """Two passes, of which the second counts."""
+    evaluate = tg.evaluate_ttt
+
+    def twice(model, *args, **kwargs):
+        evaluate(model, *args, **kwargs)
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(tg, "evaluate_ttt", twice)
+    checks = checks_of(run)
+    assert {"causal", "score before update", "each position once"} <= failed(checks)
+    assert f"{SLICE} positions were scored more than once" in checks["each position once"].evidence
+
+
+def doubled_tail(positions, seq_len, stride):
+    """Windows as #606 lays them out: those near the end are cut, and all score the last stride again."""
+    windows = [(0, min(seq_len, positions), 0)]
+    for start in range(stride, positions - stride + 1, stride):
+        end = min(start + seq_len, positions)
+        windows.append((start, end, end - stride))
+    return windows
+
+
+def lost_tail(positions, seq_len, stride):
+    """Windows as #601 lays them out: full ones only."""
+    full = [(s, s + seq_len, s + seq_len - stride) for s in range(stride, positions - seq_len + 1, stride)]
+    return [(0, seq_len, 0), *full]
+
+
+@pytest.mark.parametrize(
+    "layout, words", [(doubled_tail, "scored more than once"), (lost_tail, "were not scored")]
+)
+@pytest.mark.parametrize("ttt", [True, False])
+def test_a_wrong_tail_is_caught(copy, monkeypatch, layout, words, ttt):
+    change_result(copy, lambda result: result["scored_with"]["changed"].update(ttt_enabled=ttt))
+    monkeypatch.setattr(tg, "sliding_windows", layout)
+    checks = checks_of(copy, positions=SLICE + 7)
+    assert "each position once" in failed(checks)
+    assert words in checks["each position once"].evidence
+
+
+def test_a_score_that_is_not_the_sum_of_its_losses_is_caught(run, monkeypatch):
+    evaluate = tg.evaluate_ttt
+
+    def flattered(*args, **kwargs):
+        score, proof = evaluate(*args, **kwargs)
+        return tg.Score(score.nats * 0.999, score.positions, score.bytes), proof
+
+    monkeypatch.setattr(tg, "evaluate_ttt", flattered)
+    checks = checks_of(run)
+    assert failed(checks) == {"each position once"} and "nats" in checks["each position once"].evidence
+
+
+def test_tokens_that_are_not_the_shards_are_caught(run, monkeypatch):
+    read = tg.validation_tokens
+    monkeypatch.setattr(tg, "validation_tokens", lambda *where: read(*where)[: 64 * 40 + 1])
+    checks = checks_of(run)
+    assert failed(checks) == {"each position once"} and "shards" in checks["each position once"].evidence
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Planted violations: bytes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def blanks_twice(table):
+    table.bytes[table.space] += 1
+
+
+def fallback_as_three(table):
+    table.bytes[4:260] = 3
+
+
+@pytest.mark.parametrize("plant", [blanks_twice, fallback_as_three])
+def test_a_wrong_byte_table_is_caught(run, monkeypatch, plant):
+    build = tg.ByteTable.__init__
+    monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), plant(self))[0])
+    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    checks = checks_of(run)
+    assert failed(checks) == {"bytes"} and "the byte table is wrong" in checks["bytes"].evidence
+    if plant is blanks_twice:
+        assert "positions are charged other bytes" in checks["bytes"].evidence
+
+
+def test_bytes_that_are_not_those_of_the_text_are_caught(tiny):
+    """The second rule is itself held against decoded text."""
+    processor = tg.load_tokenizer(tiny["TOKENIZER_PATH"], 512)
+    rule = audit.ByteRule.of(processor)
+    texts = ["naïve façade 🚀 Привет", "one more"]
+    ids = np.array([token for text in texts for token in (1, *processor.encode(text))], np.int32)
+    counted = rule.count(ids[:-1], ids[1:])
+    assert counted.sum() == sum(len(text.encode()) for text in texts)
+    faults, evidence = audit.decoded_faults(processor, rule, ids, counted)
+    assert not faults and "2 documents" in evidence
+    longer = np.concatenate((ids, ids, ids))
+    more = rule.count(longer[:-1], longer[1:])
+    more[len(ids) + 3] += 2
+    assert "in 1 of 6 documents" in audit.decoded_faults(processor, rule, longer, more)[0][0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Planted violations: what the run says of itself
+# ----------------------------------------------------------------------------------------------------------
+
+
+def quick(folder):
+    """The checks that read nothing but the two files."""
+    blob = (folder / "artifact.bin").read_bytes()
+    result = audit.read_result(folder / "artifact.bin")
+    checks = [
+        audit.check_size(blob),
+        audit.check_identity(blob, result),
+        audit.check_clock("training", result, "ttt"),
+        audit.check_clock("evaluation", result, "ttt"),
+    ]
+    return {check.name: check for check in checks}
+
+
+def test_an_artifact_over_the_cap_is_caught(copy, monkeypatch):
+    assert not failed(quick(copy))
+    room = 16_000_000 - audit.SCRIPT.stat().st_size
+    assert audit.check_size(bytes(room)).status == "pass"
+    assert audit.check_size(bytes(room + 1)).status == "fail"
+    monkeypatch.setattr(audit, "CAP", 200_000)
+    checks = checks_of(copy)
+    assert failed(checks) == {"size"} and "of 200,000 B" in checks["size"].evidence
+
+
+@pytest.mark.parametrize(
+    "clock, change, words",
+    [
+        ("training", lambda b: (b["counted"].update(train=601.0), b.update(used=602.0)), "of 600 s"),
+        ("evaluation", lambda b: (b["counted"].update(ttt=600.0), b.update(used=600.5)), "of 600 s"),
+        ("training", lambda b: b.update(used=b["used"] - 0.5), "add up to"),
+        ("training", lambda b: b["uncounted"].update(calibrate=b["counted"].pop("calibrate")), "left out"),
+        ("training", lambda b: b["counted"].pop("quantise and pack"), "not on the clock"),
+        ("evaluation", lambda b: b["counted"].pop("ttt"), "not on the clock"),
+    ],
+)
+def test_an_exceeded_or_shortened_clock_is_caught(copy, clock, change, words):
+    change_result(copy, lambda result: change(result["budget"][clock]))
+    checks = quick(copy)
+    assert failed(checks) == {f"{clock} clock"} and words in checks[f"{clock} clock"].evidence
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e6])
+def test_the_clock_is_the_challenges_whatever_the_run_allowed_itself(copy, limit):
+    def change(result):
+        budget = result["budget"]["training"]
+        budget["counted"]["train"] += 700
+        budget |= {"limit": limit, "used": budget["used"] + 700, "within": True}
+
+    change_result(copy, change)
+    assert failed(quick(copy)) == {"training clock"}
+
+
+@pytest.mark.parametrize("key", ["script_sha256", "scored_artifact_sha256"])
+def test_a_result_of_other_files_is_caught(copy, key):
+    change_result(copy, lambda result: result.update({key: "0" * 64}))
+    assert failed(quick(copy)) == {"script and artifact"}
+
+
+def test_other_byte_counts_are_caught(copy):
+    change_result(copy, lambda result: result["artifact"].update(code_bytes=70_000))
+    assert "code_bytes 70,000" in quick(copy)["script and artifact"].evidence
+
+
+def test_a_flattered_score_is_caught(copy):
+    change_result(copy, lambda result: result["bpb"].update(ttt=result["bpb"]["ttt"] - 0.001))
+    checks = checks_of(copy, positions=None)
+    assert failed(checks) == {"ttt score of the run"}
+    assert "+1.0e-03" in checks["ttt score of the run"].evidence
+
+
+def test_a_result_that_says_nothing_is_not_checked(copy):
+    path = copy / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({key: result[key] for key in ("preset", "changed", "dtype")}))
+    statuses = {name: check.status for name, check in quick(copy).items()}
+    assert statuses.pop("size") == "pass" and set(statuses.values()) == {"not checked"}
+
+
+def test_a_failure_is_the_exit_status(copy, capsys):
+    change_result(copy, lambda result: result.update(script_sha256="0" * 64))
+    arguments = [str(copy / "artifact.bin"), "--positions", "1000", "--passes", "1", "--seed", "3"]
+    assert audit.main(arguments) == 1
+    report = json.loads((copy / "audit.json").read_text())
+    assert report["passed"] is False and report["seed"] == 3 and report["positions"] == 1000
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "audit: FAILED, 1 of 10 checks"
+    assert all(len(line) <= 110 for line in out.splitlines()[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mistakes
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mistake", ["no artifact", "damaged", "no data", "no tokenizer", "foreign data", "no result", "positions"]
+)
+def test_a_mistake_gets_one_line(copy, capsys, mistake):
+    arguments = [str(copy / "artifact.bin")]
+    if mistake == "no artifact":
+        arguments, word = [str(copy / "gone.bin")], "gone.bin"
+    elif mistake == "damaged":
+        (copy / "artifact.bin").write_bytes((copy / "artifact.bin").read_bytes()[:-9])
+        word = "artifact"
+    elif mistake == "no data":
+        arguments, word = [*arguments, "--data", str(copy)], "fineweb_val"
+    elif mistake == "no tokenizer":
+        arguments, word = [*arguments, "--tokenizer", str(copy / "none.model")], "none.model"
+    elif mistake == "foreign data":
+        write_shard(copy / "fineweb_val_000000.bin", [1, 5, 600] * 500)
+        arguments, word = [*arguments, "--data", str(copy)], "600"
+    elif mistake == "no result":
+        (copy / "result.json").write_text("{")
+        word = "result.json"
+    else:
+        arguments, word = [*arguments, "--positions", "0"], "--positions"
+    assert audit.main(arguments) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("audit: ")]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
+    assert not (copy / "audit.json").exists()
+
+
+def test_the_settings_are_the_runs(run):
+    """Those of result.json; of the environment only where the audit runs."""
+    result = audit.read_result(run / "artifact.bin")
+    env = {"DEVICE": "cpu", "EVAL_STRIDE": "1", "PRESET": "pr601", "TTT_LR": "9"}
+    hp = audit.run_settings(result, env, {"DATA_PATH": "elsewhere"})
+    assert (hp.preset, hp.eval_stride, hp.ttt_chunk_tokens, hp.dtype) == ("smoke", 32, 1024, "fp32")
+    assert (hp.device, hp.data_path, hp.stages, hp.run_id) == ("cpu", "elsewhere", "evaluate", "")
+    assert hp.ve_layers == (1, 2) and hp.ttt_lr == tg.PRESETS["smoke"]["ttt_lr"]
+    alone = audit.run_settings({}, {"PRESET": "smoke", "EVAL_STRIDE": "32", "STAGES": "train"}, {})
+    assert (alone.eval_stride, alone.stages) == (32, "evaluate")
