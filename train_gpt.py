@@ -539,6 +539,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, tensorboard: bool = False):
         self.text = self.metrics = self.board = None
+        self.live, self.shown = folder is not None and sys.stdout.isatty(), 0.0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.text = open(folder / "log.txt", "a", encoding="utf-8")
@@ -554,8 +555,14 @@ class RunLog:
         """One line: an event, then key:value pairs."""
         if self.text:
             if console:
-                print(line, flush=True)
+                print(f"\r\x1b[2K{line}" if self.live else line, flush=True)
             print(line, file=self.text, flush=True)
+
+    def status(self, line: str) -> None:
+        """A line that the next one replaces: on a terminal only, a few times a second at most."""
+        if self.live and time.perf_counter() - self.shown > 0.2:
+            self.shown = time.perf_counter()
+            print(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def metric(self, event: str, **values) -> None:
         """One JSON line; `step` orders the TensorBoard curves."""
@@ -1076,7 +1083,8 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) -> the mean in nats."""
         N, V = hidden.size(0), weight.size(0)
-        chunk = max((1 << 27 if hidden.is_cuda else 1 << 19) // V, 1)
+        fused = hidden.is_cuda or torch.compiler.is_compiling()  # chunks are for a CPU's cache, run eagerly
+        chunk = max((1 << 27 if fused else 1 << 19) // V, 1)
         cast, wanted = weight.to(hidden.dtype), any(ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=weight.dtype, device=hidden.device)
         to_hidden, to_weight = [], torch.zeros_like(weight) if wanted else None
@@ -1904,8 +1912,10 @@ class Stepper:
 class Reports:
     """Losses, clock and stop requests of finished steps, read one step late so that no step waits for the device."""
 
-    def __init__(self, hp: Hyperparameters, world: World, log: RunLog, watch: Stopwatch, step: int, reserve: float):
+    def __init__(self, hp: Hyperparameters, world: World, log: RunLog, watch: Stopwatch, step: int, reserve: float,
+                 bpb_per_nat: float):
         self.hp, self.world, self.log, self.watch, self.reserve = hp, world, log, watch, reserve
+        self.bpb_per_nat = bpb_per_nat
         self.pending: deque[tuple[int, int, float, Tensor, torch.cuda.Event | None]] = deque()
         self.lag = 1 if world.device.type == "cuda" else 0
         self.first_step, self.first_second = step, watch.elapsed
@@ -1937,8 +1947,11 @@ class Reports:
             self.stopping |= stop > 0
             seconds = self.watch.elapsed
             self.log.metric("train", step=step + 1, loss=self.loss, lr_scale=scale, seconds=round(seconds, 3))
+            line = self.line(step + 1, scale, seconds)
             if (step + 1) % self.hp.train_log_every == 0 or step < 5 or step + 1 == self.hp.iterations:
-                self.log(self.line(step + 1, scale, seconds))
+                self.log(line)
+            else:
+                self.log.status(line)
 
     def last_checkpoint(self) -> str:
         """Where a run that ends here can be taken up again."""
@@ -1950,8 +1963,9 @@ class Reports:
         left = (hp.iterations - step) * pace
         if hp.max_wallclock_seconds:
             left = min(left, max(hp.max_wallclock_seconds - self.reserve - seconds, 0.0))
-        return (f"step:{step}/{hp.iterations} train_loss:{self.loss:.4f} lr_scale:{scale:.4f} time:{seconds:.1f}s "
-                f"step_avg:{1000 * pace:.1f}ms tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
+        return (f"step:{step}/{hp.iterations} train_loss:{self.loss:.4f} train_bpb:{self.loss * self.bpb_per_nat:.4f} "
+                f"lr_scale:{scale:.4f} time:{seconds:.1f}s step_avg:{1000 * pace:.1f}ms "
+                f"tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
 
     def elapsed_at(self, step: int) -> float:
         """The agreed clock, carried forward to the start of a step."""
@@ -2050,11 +2064,12 @@ class Trained:
 
 def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, log: RunLog, budget: Budget,
           folder: Path, compiling: bool, code_bytes: int, validate: Callable[[Callable], Score],
-          rehearse: Callable[[], float]) -> Trained:
+          rehearse: Callable[[], float], bpb_per_nat: float = math.nan) -> Trained:
     """Train `model` in place and return the averaged weights.
 
     code_bytes  what the script takes of the artifact's limit;  validate  scores the model as it stands, given a
-    scoring function;  rehearse  quantises once and returns the seconds that it takes.
+    scoring function;  rehearse  quantises once and returns the seconds that it takes;  bpb_per_nat  turns a loss
+    into bits per byte of the validation text, for the log.
     Raises UserError on a loss that is not finite, Interrupted after SIGTERM.
     """
     stepper = Stepper(hp, model, stream, world, compiling)
@@ -2082,7 +2097,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         swa.count, swa.average = state["swa_count"], None if state["swa"] is None else state["swa"].to(world.device)
         watch, step, qat_proof = Stopwatch(state["elapsed"]), state["step"], state["qat_proof"]
         log(f"resumed step:{step} elapsed:{watch.elapsed:.1f}s")
-    reports = Reports(hp, world, log, watch, step, reserve)
+    reports = Reports(hp, world, log, watch, step, reserve, bpb_per_nat)
 
     def checkpoint() -> None:
         reports.read(lag=0)  # never save weights whose loss is not finite
@@ -2868,6 +2883,11 @@ class Validation:
         counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # sentencepiece pieces are short
         return Validation(tokens.to(world.device), counts.to(world.device), corpus or Path(hp.data_path).name)
 
+    @property
+    def bpb_per_nat(self) -> float:
+        """Bits per byte of a mean loss of one nat per token."""
+        return len(self.byte_counts) / math.log(2) / int(self.byte_counts.sum(dtype=torch.int64))
+
     def score(self, model: GPT, hp: Hyperparameters, world: World, log: RunLog, stride: int, name: str,
               score_fn: Callable = token_losses) -> Score:
         """Score the whole split with windows of EVAL_SEQ_LEN."""
@@ -2914,7 +2934,7 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
     params = sum(p.numel() for p in model.parameters())
     trained = train(hp, model, stream, world, log, budget, folder, wants_compile(hp, world, params, log), code_bytes,
                     lambda score_fn: validation.score(model, hp, world, log, hp.eval_seq_len, "validation", score_fn),
-                    rehearse)
+                    rehearse, validation.bpb_per_nat)
     log(f"proof technique:averaging {key_values(trained.proofs['averaging'])}")
     for name, proof in {**trained.proofs["techniques"], "qat": trained.proofs["qat"]}.items():
         if proof:
