@@ -2778,22 +2778,23 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
         f"batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")
     total, progress = Score(), Progress(log, "ttt", positions)
     start = time.perf_counter()
-    scoring = training = 0.0
+    scoring: list[float] = []  # seconds per chunk; the first one compiles, so it forecasts nothing
+    training: list[float] = []
     untrained_from = None
     for chunk, part in enumerate(parts):
         began = time.perf_counter()
         with trainer.scoring_weights():
             total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn, nll)
-        scoring += time.perf_counter() - began
+        scoring.append(time.perf_counter() - began)
         end = min((chunk + 1) * size, positions)
         if progress.due():
             progress(end, total, f" steps:{trainer.steps}")
         log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=time.perf_counter() - start)
         if chunk + 1 == chunks:
             break
-        still_to_score = scoring / (chunk + 1) * (chunks - chunk - 1)
-        one_more = training / max(chunk, 1) if chunk else scoring
-        finish = world.max(time.perf_counter() - start + 1.05 * still_to_score + one_more)
+        per_chunk = float(np.median(scoring[1:] or [0.0]))
+        one_more = float(np.median(training[1:] or [0.0]))
+        finish = world.max(time.perf_counter() - start + 1.05 * per_chunk * (chunks - chunk - 1) + one_more)
         if untrained_from is None and finish > seconds:
             untrained_from = chunk
             log(f"ttt training stops after chunk {chunk} of {chunks}: with it scoring would end at {finish:.0f}s "
@@ -2802,11 +2803,11 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
             began = time.perf_counter()
             trainer.train(tokens, chunk * size, end, chunk, chunks)
             world.synchronize()
-            training += time.perf_counter() - began
+            training.append(time.perf_counter() - began)
     if total.positions != positions:
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
     proof = {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
-             "weight_change": trainer.change(), "score_seconds": scoring, "train_seconds": training,
+             "weight_change": trainer.change(), "score_seconds": sum(scoring), "train_seconds": sum(training),
              "parameters": trainer.trained}
     return total, proof
 
@@ -2912,7 +2913,8 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
     log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} "
         f"held_out:{len(stream.held_out)}")
     model = GPT(hp).to(world.device)
-    log(f"attention:{choose_attention(hp, model, world)}")
+    result["attention"] = choose_attention(hp, model, world)
+    log(f"attention:{result['attention']}")
 
     def rehearse() -> float:
         """Seconds of one calibration and quantisation, extrapolated from a part of the calibration."""
@@ -3060,7 +3062,8 @@ def run(hp: Hyperparameters, world: World) -> None:
     log(hardware(world))
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.tokens) - 1} "
         f"val_bytes:{int(validation.byte_counts.sum(dtype=torch.int64))}")
-    settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:]}
+    settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
+                "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
     result = settings | read_result(folder) | {
         "script_sha256": hashlib.sha256(source).hexdigest(), "corpus": validation.corpus, "data_path": hp.data_path,
         "hardware": hardware(world), "world_size": world.size}

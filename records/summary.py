@@ -7,12 +7,12 @@ The compressors' row is for scale: xz -9 and zstd -22 on the validation text its
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import sys
 from pathlib import Path
 
 import zstandard
+from runs import SCORES, Run, exit_status
 
 MOST_TEXT_BYTES = 20_000_000  # xz -9 takes about a second per megabyte
 
@@ -26,10 +26,8 @@ def compressor_bpb(text: bytes) -> dict[str, float]:
 
 def score_lines(result: dict, baselines: dict[str, float]) -> list[str]:
     """The score ladder, each step with its difference from the one before."""
-    meaning = {"float": "averaged weights, plain windows", "roundtrip": "loaded from the artifact, plain windows",
-               "sliding": "the same, sliding windows", "ttt": "the same, test-time training: the score"}
     lines, last = [], None
-    for name, text in meaning.items():
+    for name, text in SCORES.items():
         bpb = result["bpb"].get(name)
         if bpb is not None:
             change = "" if last is None else f"{bpb - last:+.4f}"
@@ -52,7 +50,7 @@ def budget_lines(result: dict) -> list[str]:
 
 def summary(folder: Path, text_path: Path | None) -> str:
     """The whole table of a run's folder."""
-    result = json.loads((folder / "result.json").read_text())
+    result = Run.open(folder).result
     text = text_path.read_bytes()[:MOST_TEXT_BYTES] if text_path and text_path.is_file() else b""
     lines = ["", f"{folder}: {result['preset']}, seed {result['seed']}, {result.get('params', 0):,} parameters, "
              f"{result.get('steps', 0)} steps, corpus: {result['corpus']}", "", "score (lower is better)",
@@ -68,23 +66,15 @@ def summary(folder: Path, text_path: Path | None) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """The command line; returns the exit status."""
+def program() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, e.g. logs/smoke-seed1337-...")
     parser.add_argument("--text", type=Path, help="validation text for the compressors (default: beside the shards)")
     arguments = parser.parse_args()
-    try:
-        changed = json.loads((arguments.run / "result.json").read_text()).get("data_path", "")
-        print(summary(arguments.run, arguments.text or Path(changed) / "val.txt"))
-    except FileNotFoundError:
-        print(f"error: {arguments.run} has no result.json; name the folder of a finished run", file=sys.stderr)
-        return 1
-    except (json.JSONDecodeError, KeyError) as error:
-        print(f"error: {arguments.run}/result.json is not a finished run's ({error})", file=sys.stderr)
-        return 1
-    return 0
+    data = Path(Run.open(arguments.run).result.get("data_path", ""))
+    print(summary(arguments.run, arguments.text or data / "val.txt"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(program))

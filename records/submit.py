@@ -1,0 +1,424 @@
+"""Write a submission folder for the challenge from the runs of one configuration.
+
+    python records/submit.py logs/SEED1337 logs/SEED42 logs/SEED7 \\
+        --name "Int5 GPTQ with live QAT" --author "A. Person" --github-id aperson
+
+The folder holds README.md, submission.json, the runs' logs, train_gpt.py (the very script of the runs, taken
+from their logs) and requirements.txt: copy it under records/ of the challenge's repository. What the rules
+ask is checked first: one script, one configuration, three seeds, the byte cap, both clocks, and the audit of
+each artifact (audit.json beside it). With --non-record a breach only warns, and the README repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import runs as shared
+from runs import BOOKKEEPING, ROOT, SCORES, Mistake, Run, differing_settings, open_runs, show
+
+LIMIT_BYTES, LIMIT_SECONDS, SEEDS = 16_000_000, 600.0, 3
+DATA_ROOT = "../../../data"  # of the challenge's repository, seen from records/TRACK/FOLDER
+VERDICTS = ("pass", "fail", "not checked")
+
+
+# What the runs hand in
+
+
+def script_of(run: Run) -> bytes:
+    """The source that opens a run's log. Raises Mistake where the hash is not the run's."""
+    path = run.folder / "log.txt"
+    if not path.is_file():
+        raise Mistake(f"{path} is missing; a submission holds the logs of its runs")
+    log, wanted = path.read_bytes(), run.result.get("script_sha256")
+    for end in re.finditer(rb"\nrun:", log):
+        for source in (log[: end.start() + 1], log[: end.start()]):
+            if hashlib.sha256(source).hexdigest() == wanted:
+                return source
+    raise Mistake(f"{path} does not begin with the script whose hash result.json names; it has been changed")
+
+
+def audit_of(run: Run) -> dict | None:
+    """The audit of a run's artifact; None where there is none. Raises Mistake where the file is damaged."""
+    path = run.folder / "audit.json"
+    if not path.is_file():
+        return None
+    try:
+        audit = json.loads(path.read_text(encoding="utf-8"))
+        if any(check["status"] not in VERDICTS or not check["name"] for check in audit["checks"]):
+            raise ValueError("a check without a name or with an unknown status")
+        return {"passed": bool(audit["passed"]), "checks": audit["checks"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(f"{path} is not an audit's result ({error}); run the audit again") from None
+
+
+def final_score(runs: Sequence[Run]) -> str:
+    """The last score that all runs have. Raises Mistake where they have none from an artifact."""
+    names = [name for name in SCORES if name != "float" and all(name in run.nats for run in runs)]
+    if not names:
+        raise Mistake("these runs share no score that was taken from the artifact; run STAGES=evaluate")
+    return names[-1]
+
+
+# What the rules ask
+
+
+def breaches(runs: Sequence[Run]) -> Iterator[str]:
+    """One line for everything that keeps the runs from being a record."""
+    hashes = {run.result.get("script_sha256") for run in runs}
+    if len(hashes) > 1:
+        yield f"the runs were made by {len(hashes)} different scripts; only one can be submitted"
+    if mixed := differing_settings(runs, besides=("seed",)):
+        yield f"the runs differ in more than the seed: {', '.join(map(str.upper, mixed))}"
+    seeds = {run.seed for run in runs}
+    if len(seeds) < max(SEEDS, len(runs)):
+        yield f"{len(runs)} runs with {len(seeds)} different seeds; a record needs {SEEDS} seeds, each once"
+    if len({tuple(run.bpb) for run in runs}) > 1:
+        yield "the runs were not scored in the same stages"
+    if len({(run.result["corpus"], run.result.get("val_bytes")) for run in runs}) > 1:
+        yield "the runs were scored on different texts"
+    for run in runs:
+        yield from (f"{run.name}: {line}" for line in breaches_of(run))
+
+
+def breaches_of(run: Run) -> Iterator[str]:
+    """The breaches of a single run."""
+    result = run.result
+    artifact = result.get("artifact", {})
+    cap = min(LIMIT_BYTES, artifact.get("limit", LIMIT_BYTES))
+    if not artifact:
+        yield "it has no artifact"
+    elif artifact["total_bytes"] > cap:
+        yield f"{artifact['total_bytes']:,} bytes of code and model, over the cap of {cap:,}"
+    if (scored := result.get("scored_with", {}).get("preset", result["preset"])) != result["preset"]:
+        yield f"trained with the preset {result['preset']}, but scored with {scored}"
+    if artifact and result.get("scored_artifact_sha256") != artifact.get("sha256"):
+        yield "the score is not of the run's own artifact"
+    for clock in ("training", "evaluation"):
+        budget = result["budget"].get(clock)
+        if budget is None:
+            yield f"the {clock} clock was not read"
+        elif budget["used"] > LIMIT_SECONDS or not budget["within"]:
+            limit = min(LIMIT_SECONDS, budget["limit"] or LIMIT_SECONDS)
+            yield f"{clock} took {budget['used']:.1f} s, over the clock of {limit:.0f} s"
+    if "8x" not in result.get("hardware", "") or "H100" not in result.get("hardware", ""):
+        yield f"made on {machine(run)}, where a record is made on 8xH100"
+    if "fineweb" not in str(result["corpus"]).lower():
+        yield f"scored on {result['corpus']}, where a record is scored on FineWeb"
+    yield from audit_breaches(run)
+
+
+def audit_breaches(run: Run) -> Iterator[str]:
+    """What is wrong with a run's audit."""
+    audit = audit_of(run)
+    if audit is None:
+        yield f"the artifact has not been audited; python records/audit.py {run.folder}/artifact.bin"
+        return
+    wanting = [
+        f"{check['name']} ({check['status']})" for check in audit["checks"] if check["status"] != "pass"
+    ]
+    if not audit["passed"] or any(check["status"] == "fail" for check in audit["checks"]):
+        yield f"the audit was not passed: {', '.join(wanting) or 'it names no check'}"
+
+
+def machine(run: Run) -> str:
+    """The device that a run was made on."""
+    text = run.result.get("hardware", "an unknown machine").removeprefix("device:")
+    return text.split(" threads:")[0].split(" python:")[0]
+
+
+# The files
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    text = lambda cell: " ".join(str(cell).split()).replace("|", "\\|")
+    line = lambda cells: f"| {' | '.join(map(text, cells))} |"
+    return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)])
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """1.11615 ± 0.00059; the mean alone where there is one value."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def results_table(runs: Sequence[Run]) -> str:
+    """Scores, bytes and steps of each seed, and their mean."""
+    names = [name for name in SCORES if all(name in run.bpb for run in runs)]
+    final = final_score(runs)
+    rows = [
+        [
+            run.seed,
+            *(f"{run.bpb[name]:.5f}" for name in names),
+            f"{run.nats[final]:.5f}",
+            f"{run.result['artifact']['total_bytes']:,}" if "artifact" in run.result else "none",
+            f"{run.result.get('steps', 0):,}",
+            f"{run.result.get('step_ms', 0):.1f}",
+        ]
+        for run in runs
+    ]
+    means = [mean_and_deviation([run.bpb[name] for run in runs], 5) for name in names]
+    loss = mean_and_deviation([run.nats[final] for run in runs], 5)
+    rows.append(["**mean**", *means, loss, "", "", ""])
+    return markdown_table(
+        ["seed", *(f"{name}, bpb" for name in names), f"{final}, nats", "bytes", "steps", "ms/step"], rows
+    )
+
+
+def budget_table(runs: Sequence[Run]) -> str:
+    """Seconds of every counted phase, and of the phases that do not count."""
+    rows = []
+    for clock in dict.fromkeys(clock for run in runs for clock in run.result["budget"]):
+        budgets = [run.result["budget"].get(clock, {}) for run in runs]
+        for kind, note in (("counted", ""), ("uncounted", " (not counted)")):
+            for phase in dict.fromkeys(phase for budget in budgets for phase in budget.get(kind, {})):
+                rows.append(
+                    [f"{clock}: {phase}{note}", *(f"{b.get(kind, {}).get(phase, 0):.1f}" for b in budgets)]
+                )
+        rows.append(
+            [f"**{clock}**, of {LIMIT_SECONDS:.0f} s", *(f"**{b.get('used', 0):.1f}**" for b in budgets)]
+        )
+    return markdown_table(["seconds", *(f"seed {run.seed}" for run in runs)], rows)
+
+
+def proof_rows(run: Run) -> dict[str, str]:
+    """The measured traces of a run's techniques, by name."""
+    proofs, rows = run.result["proofs"], {}
+    for name, proof in proofs.get("techniques", {}).items():
+        rows[f"{name.replace('_', ' ')}: loss without it"] = f"{proof['loss_without'] - proof['loss']:+.4f}"
+    if qat := proofs.get("qat"):
+        after = qat.get("distance_raw", qat.get("distance_averaged"))
+        rows["QAT: first step"] = f"{qat['first_step']:.0f}"
+        rows["QAT: distance to the grid, before and after"] = f"{qat['distance_before']:.3f}, {after:.3f}"
+        rows["QAT: loss by rounding"] = f"{qat['loss_rounded'] - qat['loss']:+.4f}"
+    if averaging := proofs.get("averaging"):
+        rows["averaging: exported, distance from the raw weights"] = (
+            f"{averaging.get('exported')}, {100 * averaging['distance_from_raw']:.2f} %"
+        )
+    for role in ("attn", "mlp"):
+        if (part := proofs.get("quantizer", {}).get(role, {})).get("error_rounding"):
+            rows[f"{role}: error as a share of plain rounding's"] = (
+                f"{part['error'] / part['error_rounding']:.3f}"
+            )
+    if ttt := proofs.get("ttt"):
+        rows["test-time training: chunks, steps, change of the weights"] = (
+            f"{ttt['chunks']}, {ttt['steps']}, {100 * ttt['weight_change']:.2f} %"
+        )
+    return rows
+
+
+def proofs_table(runs: Sequence[Run]) -> str:
+    """The proofs of all runs side by side."""
+    columns = [proof_rows(run) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return markdown_table(
+        ["proof", *(f"seed {run.seed}" for run in runs)],
+        [[name, *(column.get(name, "off") for column in columns)] for name in names],
+    )
+
+
+def audit_table(runs: Sequence[Run]) -> str:
+    """Every check of every run's audit with its evidence."""
+    rows = [
+        [check["name"], run.seed, check["status"], check.get("evidence", "")]
+        for run in runs
+        if (audit := audit_of(run))
+        for check in audit["checks"]
+    ]
+    return (
+        markdown_table(["check", "seed", "status", "evidence"], rows)
+        if rows
+        else "No artifact has been audited."
+    )
+
+
+def settings_text(run: Run) -> str:
+    """The settings that were changed from the preset, as a table."""
+    changed = {name: value for name, value in run.changed.items() if name not in (*BOOKKEEPING, "seed")}
+    if not changed:
+        return f"The preset `{run.result['preset']}` of the script, with nothing changed."
+    rows = [[f"`{name.upper()}`", f"`{show(value)}`"] for name, value in changed.items()]
+    return f"The preset `{run.result['preset']}` of the script, with these changes:\n\n" + markdown_table(
+        ["setting", "value"], rows
+    )
+
+
+def reproduce_command(run: Run) -> str:
+    """The command line that makes one of the runs again, from inside the folder."""
+    settings = {"PRESET": run.result["preset"], "SEED": run.seed}
+    data, tokenizer = run.settings["data_path"], run.settings["tokenizer_path"]
+    settings["DATA_PATH"] = f"{DATA_ROOT}/datasets/{Path(data).name}"
+    settings["TOKENIZER_PATH"] = f"{DATA_ROOT}/tokenizers/{Path(tokenizer).name}"
+    settings |= {
+        name.upper(): show(value) for name, value in run.changed.items() if name not in (*BOOKKEEPING, "seed")
+    }
+    given = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
+    processes = run.result.get("world_size", 1)
+    return f"{given} \\\n    torchrun --standalone --nproc_per_node={processes} train_gpt.py"
+
+
+def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) -> str:
+    """README.md of the folder, every number from the runs."""
+    final, first = final_score(runs), runs[0].result
+    mean = mean_and_deviation([run.bpb[final] for run in runs], 5)
+    parts = [
+        f"# {name}",
+        f"**{mean} bits per byte** ({final}, {len(runs)} run{'s' * (len(runs) > 1)}, "
+        f"{first['corpus']}, {first.get('val_tokens', 0):,} positions, {machine(runs[0])}).",
+    ]
+    parts += [blurb] if blurb else []
+    if warnings:
+        parts += ["## What keeps this from being a record", "\n".join(f"- {line}" for line in warnings)]
+    meaning = "; ".join(f"{key}: {text}" for key, text in SCORES.items())
+    parts += [
+        "## Results",
+        results_table(runs),
+        f"{meaning}.",
+        "## Settings",
+        settings_text(runs[0]),
+        "## Clocks",
+        budget_table(runs),
+        "## Proofs",
+        "Measured on the weights that are submitted; losses in nats on one batch of training text.",
+        proofs_table(runs),
+        "## Audit",
+        audit_table(runs),
+        "## Reproduce",
+        f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",
+        f"```\npip install -r requirements.txt\n{reproduce_command(runs[0])}\n```",
+        f"Script SHA-256: `{first.get('script_sha256')}`. Machine and versions: `{first.get('hardware')}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def submission(
+    runs: Sequence[Run], name: str, author: str, github_id: str, blurb: str, day: str, warnings: Sequence[str]
+) -> dict:
+    """submission.json of the folder."""
+    final = final_score(runs)
+    bpb, nats = (
+        [score[final] for score in scores] for scores in ([r.bpb for r in runs], [r.nats for r in runs])
+    )
+    deviation = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    artifacts = [run.result.get("artifact", {}) for run in runs]
+    return {
+        "name": name,
+        "author": author,
+        "github_id": github_id,
+        "blurb": blurb,
+        "date": day,
+        "track": "non-record" if warnings else "record",
+        "val_bpb": statistics.fmean(bpb),
+        "val_bpb_deviation": deviation(bpb),
+        "val_loss": statistics.fmean(nats),
+        "val_loss_deviation": deviation(nats),
+        "bytes_total": max(artifact.get("total_bytes", 0) for artifact in artifacts),
+        "bytes_code": max(artifact.get("code_bytes", 0) for artifact in artifacts),
+        "hardware": machine(runs[0]),
+        "script_sha256": runs[0].result.get("script_sha256"),
+        "runs": [
+            {
+                "seed": run.seed,
+                "val_bpb": run.bpb[final],
+                "val_loss": run.nats[final],
+                "bytes_total": artifact.get("total_bytes"),
+                "steps": run.result.get("steps"),
+            }
+            for run, artifact in zip(runs, artifacts)
+        ],
+    }
+
+
+def requirements() -> str:
+    """What the script itself imports: the first group of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    groups = re.split(r"(?m)^#.*$", "\n".join(lines))
+    return next(group for group in groups if group.strip()).strip() + "\n"
+
+
+def log_names(runs: Sequence[Run]) -> list[str]:
+    """train_seed1337.log, ...; runs that share a seed are told apart by their place."""
+    seeds = [run.seed for run in runs]
+    return [
+        f"train_seed{seed}.log" if seeds.count(seed) == 1 else f"train_seed{seed}_{i + 1}.log"
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write a folder so that it is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        for name, data in files.items():
+            shared.write_atomically(temporary / name, data)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def slug(name: str) -> str:
+    """A folder's name from a submission's."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "submission"
+
+
+def program() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="LOGS", help="folders of finished runs, one for each seed")
+    parser.add_argument("--name", required=True, help="the submission's title")
+    parser.add_argument("--author", required=True)
+    parser.add_argument("--github-id", required=True)
+    parser.add_argument("--blurb", default="", help="one or two sentences on what is new")
+    parser.add_argument("--date", help="YYYY-MM-DD (default: today)")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: submissions/DATE_NAME)")
+    parser.add_argument("--non-record", action="store_true", help="breaches of the rules only warn")
+    arguments = parser.parse_args()
+    try:
+        day = str(date.fromisoformat(arguments.date)) if arguments.date else str(datetime.now(UTC).date())
+    except ValueError:
+        raise Mistake(f"--date {arguments.date} is not YYYY-MM-DD") from None
+    folder = arguments.out or Path("submissions") / f"{day}_{slug(arguments.name)}"
+    if folder.exists():
+        raise Mistake(f"{folder} exists; delete it, or choose another with --out")
+    runs = open_runs(arguments.runs)
+    final_score(runs)
+    warnings, sources = list(breaches(runs)), [script_of(run) for run in runs]
+    if warnings and not arguments.non_record:
+        raise Mistake("\n".join(warnings))
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    facts = submission(
+        runs, arguments.name, arguments.author, arguments.github_id, arguments.blurb, day, warnings
+    )
+    logs = {name: (run.folder / "log.txt").read_bytes() for name, run in zip(log_names(runs), runs)}
+    write_folder(
+        folder,
+        {
+            "README.md": readme(runs, arguments.name, arguments.blurb, warnings).encode(),
+            "submission.json": (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
+            "train_gpt.py": sources[0],
+            "requirements.txt": requirements().encode(),
+            **logs,
+        },
+    )
+    print(f"submission: {folder} ({', '.join(sorted(path.name for path in folder.iterdir()))})")
+
+
+if __name__ == "__main__":
+    sys.exit(shared.exit_status(program))

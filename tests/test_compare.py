@@ -1,0 +1,303 @@
+"""records/compare.py: the statistics against scipy, the rule for a record, curves, differences, warnings."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+sys.path.insert(0, str(ROOT / "records"))
+import compare  # noqa: E402
+import runs as shared  # noqa: E402
+
+HARDWARE = "device:8x NVIDIA H100 80GB HBM3 threads:8 python:3.12.3 torch:2.13.0 numpy:2.4.6"
+TOKENS, BYTES = 1000, 2436
+NATS = math.log(2) * BYTES / TOKENS  # in one bit per byte
+
+
+def write_run(folder, seed=1337, bpb=1.1, rows=(), **changes):
+    """A run's folder by hand: a score, a training curve of (step, loss, seconds), and what else is given."""
+    scores = {"float": bpb + 0.01, "roundtrip": bpb + 0.012, "sliding": None, "ttt": bpb}
+    result = {
+        "preset": "smoke",
+        "seed": seed,
+        "corpus": "FineWeb",
+        "val_tokens": TOKENS,
+        "val_bytes": BYTES,
+        "bpb": scores,
+        "val_loss": {name: value * NATS for name, value in scores.items() if value},
+        "proofs": {},
+        "budget": {},
+        "changed": {"seed": seed, "run_id": folder.name},
+        "hardware": HARDWARE,
+        "script_sha256": "a" * 64,
+    } | changes
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        json.dumps({"event": "train", "step": step, "loss": loss, "lr_scale": 1.0, "seconds": seconds})
+        for step, loss, seconds in rows
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def group(folder, name, values, **changes):
+    return [write_run(folder / f"{name}{i}", seed=i, bpb=value, **changes) for i, value in enumerate(values)]
+
+
+def call(capsys, monkeypatch, program, *words):
+    """A command line in this process: exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    status = shared.exit_status(program)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+A, B = [1.1102, 1.1108, 1.1099], [1.1155, 1.1163, 1.1167, 1.1161]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.003, 0.02])
+def test_welch_is_scipys(margin):
+    test = compare.one_sided(compare.Sample.of(A), compare.Sample.of(B), margin)
+    wanted = stats.ttest_ind(A, [value - margin for value in B], equal_var=False, alternative="less")
+    assert test.t == pytest.approx(wanted.statistic) and test.p == pytest.approx(wanted.pvalue)
+    assert test.freedom == pytest.approx(wanted.df)
+
+
+def test_one_sample_test_where_the_other_deviation_is_unknown():
+    test = compare.one_sided(compare.Sample.of(A), compare.Sample(1.1117, None, 1))
+    wanted = stats.ttest_1samp(A, 1.1117, alternative="less")
+    assert test.p == pytest.approx(wanted.pvalue) and test.name == "one-sample t"
+
+
+def test_no_test_without_a_deviation(tmp_path, monkeypatch, capsys):
+    assert compare.one_sided(compare.Sample.of([1.0]), compare.Sample.of(B)) is None
+    assert compare.one_sided(compare.Sample.of([1.0, 1.0]), compare.Sample(1.1, None, 1)) is None
+    run = write_run(tmp_path / "a")
+    status, out, _ = call(capsys, monkeypatch, compare.program, run, "--against", "1.2,0.001,3")
+    assert status == 0 and "no test" in out and "a record?" not in out
+
+
+@pytest.mark.parametrize(
+    "gain, spread, answer",
+    [(0.0020, 1e-5, "no"), (0.0040, 1e-5, "yes"), (0.0040, 2e-3, "no"), (-0.004, 1e-5, "no")],
+)
+def test_rule_for_a_record(tmp_path, monkeypatch, capsys, gain, spread, answer):
+    """0.005 nats are 0.00296 bpb here: 0.002 is too little, 0.004 enough where the seeds agree."""
+    runs = group(tmp_path, "a", [1.1 - gain - spread, 1.1 - gain, 1.1 - gain + spread])
+    status, out, _ = call(capsys, monkeypatch, compare.program, *runs, "--against", f"1.1,{spread},3")
+    line = re.search(r"a record\?  (\w+): (better|worse) by ([\d.]+) nats", out)
+    assert status == 0 and line[1] == answer and line[2] == ("better" if gain > 0 else "worse")
+    assert float(line[3]) == pytest.approx(abs(gain) * NATS, abs=1e-5)
+    strict = stats.ttest_ind_from_stats(
+        1.1 - gain, spread, 3, 1.1 - 0.005 / NATS, spread, 3, False, "less"
+    ).pvalue
+    assert (
+        f"p = {strict:.3g} (by 0.00500 nats)" in out
+        and f"p = {strict:.3g} (by {0.005 / NATS:.5f} bpb)" in out
+    )
+
+
+def test_against_runs_tests_every_score_in_both_units(tmp_path, monkeypatch, capsys):
+    a, b = group(tmp_path, "a", A), group(tmp_path, "b", B)
+    status, out, _ = call(capsys, monkeypatch, compare.program, *a, "--against", *b)
+    wanted = stats.ttest_ind(A, B, equal_var=False, alternative="less")
+    assert (
+        status == 0 and out.count(f"p = {wanted.pvalue:.3g} (better at all)") == 6
+    )  # three scores, two units
+    assert [line.split(":")[0] for line in out.splitlines() if "against B" in line] == [
+        "A float",
+        "A roundtrip",
+        "A ttt",
+    ]
+    difference = sum(A) / 3 - sum(B) / 4
+    assert f"{difference:+.5f} bpb   {difference * NATS:+.5f} nats" in out
+
+
+def test_mean_and_deviation_of_seeds(tmp_path, monkeypatch, capsys):
+    status, out, err = call(capsys, monkeypatch, compare.program, *group(tmp_path, "a", [1.0, 1.2, 1.4]))
+    rows = {line[1]: line[2] for line in re.finditer(r"(?m)^  (\w+, \w+) .* ([\d.]+)$", out)}
+    assert status == 0 and not err
+    assert rows["mean, bpb"] == "1.20000" and rows["deviation, bpb"] == "0.20000"
+    assert rows["mean, nats"] == f"{1.2 * NATS:.5f}" and rows["deviation, nats"] == f"{0.2 * NATS:.5f}"
+    assert "none but the seed" in out and "warning" not in out
+
+
+def test_published_records():
+    records = {record["name"]: compare.record_sample(record) for record in compare.published()}
+    assert records["pr606"].mean == pytest.approx(1.116153, abs=1e-6)
+    assert records["pr606"].deviation == pytest.approx(0.00059, abs=5e-6) and records["pr606"].count == 3
+    assert records["pr601"].mean == 1.1418 and records["pr601"].deviation is None
+    assert all(record["source"] and record["about"] for record in compare.published())
+
+
+def test_equal_steps_and_equal_time(tmp_path):
+    """B learns as much per step and takes twice as long: equal after equal steps, behind at equal time."""
+    a = write_run(tmp_path / "a", rows=[(step, 10 - 0.01 * step, 0.5 * step) for step in range(1, 401)])
+    b = write_run(tmp_path / "b", rows=[(step, 10 - 0.01 * step, 1.0 * step) for step in range(1, 401)])
+    a, b = shared.Run.open(a), shared.Run.open(b)
+    lines = [line.split() for line in compare.curves([a], [b])]
+    steps = {int(line[1]): float(line[-1]) for line in lines if line and line[0] == "step"}
+    times = {float(line[0]): float(line[-1]) for line in lines if len(line) == 5 and line[1] == "s"}
+    assert steps == {100: 0.0, 200: 0.0, 300: 0.0, 400: 0.0}
+    assert list(times) == [50.0, 100.0, 150.0, 200.0]
+    # At 200 s A is at step 400 and B at 200; each loss is the mean of the last 5 % of its steps.
+    assert times[200.0] == pytest.approx((10 - 3.905) - (10 - 1.955), abs=1e-3)
+    assert compare.loss_near(a, "step", 500) is None
+
+
+def test_settings_that_differ_and_warnings(tmp_path, monkeypatch, capsys):
+    a = group(tmp_path, "a", A, changed={"matrix_lr": 0.02})
+    b = group(
+        tmp_path,
+        "b",
+        B,
+        hardware=HARDWARE.replace("8x NVIDIA H100", "1x NVIDIA A100"),
+        script_sha256="b" * 64,
+        changed={"matrix_lr": 0.03, "data_path": "elsewhere"},
+    )
+    _, out, _ = call(capsys, monkeypatch, compare.program, *a, "--against", *b)
+    assert re.search(r"MATRIX_LR +A 0.02   B 0.03", out) and "DATA_PATH" not in out and "MUON_WD" not in out
+    assert "hardware or versions differ" in out and "A100" in out
+    assert "script hashes differ" in out and "corpora differ" not in out and "seed twice" not in out
+    _, out, _ = call(
+        capsys, monkeypatch, compare.program, *a, "--against", *group(tmp_path, "c", B, changed={})
+    )
+    assert "hardware" not in out and "script hashes" not in out
+
+
+def test_settings_of_scoring_are_those_of_the_last_evaluation(tmp_path):
+    """STAGES=evaluate with other settings changes the score, not what was trained."""
+    later = {"preset": "smoke", "seed": 1, "changed": {"ttt_lr": 0.5, "matrix_lr": 9.0}, "dtype": "bfloat16"}
+    changed = {"matrix_lr": 0.03, "ttt_epochs": 3}
+    a = shared.Run.open(write_run(tmp_path / "a", changed=changed))
+    b = shared.Run.open(write_run(tmp_path / "b", changed=changed, scored_with=later))
+    assert a.changed == changed and b.changed == {"matrix_lr": 0.03, "ttt_lr": 0.5}
+    assert set(shared.differing_settings([a, b])) == {"ttt_lr", "ttt_epochs"}
+
+
+@pytest.mark.parametrize(
+    "changes, warning",
+    [
+        ({"corpus": "another", "val_bytes": BYTES + 9}, "corpora differ"),
+        ({"seed": 0}, "A has a seed twice"),
+        ({"changed": {"iterations": 7}}, "A mixes settings (ITERATIONS)"),
+        ({"val_bytes": 2 * BYTES}, "bytes per token differ"),
+    ],
+)
+def test_warnings_within_a_group(tmp_path, changes, warning):
+    runs = [write_run(tmp_path / "x", **{"seed": 0}), write_run(tmp_path / "y", **({"seed": 1} | changes))]
+    lines = compare.warnings([shared.Run.open(run) for run in runs], compare.Reference(""))
+    assert any(warning in line for line in lines)
+    clean = [shared.Run.open(write_run(tmp_path / name, seed=i)) for i, name in enumerate("uv")]
+    assert compare.warnings(clean, compare.Reference("")) == []
+
+
+def test_other_corpus_than_the_records(tmp_path, monkeypatch, capsys):
+    runs = group(tmp_path, "a", A, corpus="State of the Union")
+    _, out, _ = call(capsys, monkeypatch, compare.program, *runs, "--against", "pr606")
+    assert "warning: #606 is a score on FineWeb" in out
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["nowhere"], "no result.json"),
+        ([], "name the folders"),
+        (["A0", "A0"], "named twice"),
+        (["A0", "--against", "pr999"], "neither a run's folder"),
+        (["A0", "--against", "1.1,x,3"], "mean,deviation,count"),
+        (["A0", "--against", "1.1,-1,3"], "at least 0"),
+        (["A0", "--score", "sliding"], "no sliding score"),
+        (["damaged"], "not a finished run's"),
+        (["A0", "--against", "nan,0.1,3"], "must be above 0"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):
+    group(tmp_path, "A", [1.1])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "result.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(capsys, monkeypatch, compare.program, *words)
+    assert status == 1 and err.startswith("error:") and len(err.splitlines()) == 1 and part in err
+
+
+def test_command_line_has_an_example():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "records/compare.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--against pr606" in done.stdout
+
+
+STUB = """#!/usr/bin/env bash
+# Stands in for Python: notes each call, and leaves what a run leaves.
+case "$*" in
+  "-c import matplotlib") [ "$HAS_MATPLOTLIB" = 1 ]; exit ;;
+  -c*) echo 1; exit ;;
+  -\\ *) cat >/dev/null; exit 0 ;;
+  train_gpt.py*)
+    mkdir -p "logs/$RUN_ID"
+    touch "logs/$RUN_ID/artifact.bin"
+    echo "train $SEED $RUN_ID" >> calls ;;
+  *) echo "$*" >> calls ;;
+esac
+case "$*" in *report.py*) exit "${REPORT_STATUS:-0}" ;; esac
+"""
+
+
+def run_sh(folder, *words, **env):
+    """run.sh in a folder of its own, with a stand-in for Python; what it called and the finished process."""
+    (folder / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (folder / "stub").write_text(STUB)
+    (folder / "stub").chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(folder / "stub"), "HAS_MATPLOTLIB": "1"} | env
+    done = subprocess.run(["bash", str(folder / "run.sh"), *words], env=env, capture_output=True, text=True)
+    calls = folder / "calls"
+    return calls.read_text().splitlines() if calls.exists() else [], done
+
+
+def test_run_sh_runs_every_seed_then_compares(tmp_path):
+    calls, done = run_sh(tmp_path, "smoke", SEEDS="1337,42,7", RUN_ID="x")
+    folders = [f"logs/x-seed{seed}" for seed in (1337, 42, 7)]
+    assert done.returncode == 0, done.stderr
+    assert [call for call in calls if call.startswith("train")] == [
+        f"train {seed} x-seed{seed}" for seed in (1337, 42, 7)
+    ]
+    assert calls[-1] == f"records/compare.py {' '.join(folders)}"
+    for folder in folders:
+        after = calls[calls.index(f"train {folder.split('seed')[1]} {folder[5:]}") + 1 :][:3]
+        assert after == [
+            f"records/summary.py {folder}",
+            f"records/report.py {folder}",
+            f"records/sample.py {folder} --tokens 80",
+        ]
+
+
+def test_run_sh_with_one_seed_neither_compares_nor_renames(tmp_path):
+    calls, done = run_sh(tmp_path, "smoke", RUN_ID="x", SEED="5")
+    assert done.returncode == 0 and "train 5 x" in calls and not any("compare" in call for call in calls)
+    assert run_sh(tmp_path, "smoke", SEEDS=",")[1].returncode == 1
+
+
+def test_run_sh_survives_a_missing_or_failing_report(tmp_path):
+    calls, done = run_sh(tmp_path, "smoke", HAS_MATPLOTLIB="0", RUN_ID="x")
+    lines = [line for line in done.stdout.splitlines() if "matplotlib" in line]
+    assert done.returncode == 0 and not any("report" in call for call in calls)
+    assert (
+        len(lines) == 1 and "-m pip install matplotlib" in lines[0] and "records/report.py logs/x" in lines[0]
+    )
+    assert run_sh(tmp_path, "smoke", REPORT_STATUS="1", RUN_ID="y")[1].returncode == 0
+
+
+def test_run_sh_says_how_much_fineweb_is(tmp_path):
+    calls, done = run_sh(tmp_path, "pr606", TRAIN_SHARDS="10")
+    assert done.returncode == 0 and "about 2 GB to download" in done.stdout
+    assert "data/prepare.py fineweb --variant sp1024 --train-shards 10" in calls
+    assert not any("sample.py" in call for call in calls)
+    assert run_sh(tmp_path, "pr606", TRAIN_SHARDS="ten")[1].stderr.startswith("error: TRAIN_SHARDS=ten")

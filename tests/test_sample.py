@@ -1,0 +1,145 @@
+"""records/sample.py: what is drawn, what is printed and when, and a packed model that speaks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+import runs as shared  # noqa: E402
+import sample  # noqa: E402
+
+LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.5])
+
+
+def draws(count, **options):
+    generator = torch.Generator().manual_seed(1)
+    options = {"temperature": 1.0, "top_p": 1.0} | options
+    return [sample.choose(LOGITS, **options, generator=generator) for _ in range(count)]
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert set(draws(5, temperature=0.0)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax_at_that_temperature(temperature):
+    counts = torch.bincount(torch.tensor(draws(4000, temperature=temperature)), minlength=5) / 4000
+    assert torch.allclose(counts, torch.softmax(LOGITS / temperature, 0), atol=0.03)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    """The likeliest tokens are 1, 4 and 2: two of them hold less than 0.8, three more."""
+    odds = torch.softmax(LOGITS, 0)
+    assert odds[1] + odds[4] < 0.8 < odds[1] + odds[4] + odds[2]
+    assert set(draws(300, top_p=0.8)) == {1, 4, 2}
+    assert set(draws(300, top_p=1e-6)) == {1}
+    assert set(draws(2000, top_p=1.0)) == {0, 1, 2, 3, 4}
+
+
+class Counting:
+    """A model whose next token is the number of tokens it was shown."""
+
+    def hidden(self, tokens):
+        self.seen = tokens
+        return torch.zeros(1, tokens.size(1), 1)
+
+    def logits(self, hidden):
+        return torch.nn.functional.one_hot(torch.tensor(self.seen.size(1)), 64).float()
+
+
+def test_context_grows_to_the_window_and_is_its_end():
+    world, model = tg.World(tg.Hyperparameters(device="cpu", dtype="fp32"), {}), Counting()
+    out = list(sample.generate(model, world, [9, 8], 5, 4, lambda logits: int(logits.argmax())))
+    assert out == [2, 3, 4, 4, 4]
+    assert model.seen.tolist() == [[2, 3, 4, 4]]
+
+
+def test_text_comes_token_by_token_and_characters_whole(corpus):
+    words = tg.load_tokenizer(corpus["TOKENIZER_PATH"], 512)
+    prompt, rest = words.encode("The"), words.encode(" value of \u20ac is an int")
+    assert any(words.is_byte(token) for token in rest)
+    pulled = []
+    texts = sample.stream(words, prompt, (pulled.append(token) or token for token in rest))
+    assert next(texts) == "The" and not pulled
+    assert next(texts) and len(pulled) == 1
+    others = list(texts)
+    assert not any("\ufffd" in text for text in others)
+    assert words.decode(prompt + rest).endswith("".join(others)) and "\u20ac" in "".join(others)
+
+
+def test_the_end_of_a_document_ends_the_text(corpus):
+    words = tg.load_tokenizer(corpus["TOKENIZER_PATH"], 512)
+    tokens = words.encode("one two")
+    assert "".join(sample.stream(words, tokens, iter([tg.BOS, *words.encode("three")]))) == "one two"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny):
+    """A trained and packed model."""
+    folder = tmp_path_factory.mktemp("sample")
+    short = {"RUN_ID": "run", "STAGES": "train,quantize", "ITERATIONS": "8", "WARMUP_STEPS": "0"}
+    done = run_script(folder, tiny | short)
+    assert done.returncode == 0, done.stderr
+    return folder / "logs" / "run"
+
+
+def speak(capsys, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+    status = shared.exit_status(sample.program)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_packed_model_speaks(run, capsys, monkeypatch):
+    def text(*words):
+        status, out, err = speak(capsys, monkeypatch, run, "--tokens", 12, *words)
+        assert status == 0 and not err
+        return out
+
+    first = text("--prompt", "The value of", "--seed", 3)
+    assert first.startswith("The value of") and len(first.strip()) > len("The value of")
+    assert text("--prompt", "The value of", "--seed", 3) == first
+    assert text("--prompt", "The value of", "--seed", 4) != first
+    assert text("--temperature", 0, "--seed", 3) == text("--temperature", 0, "--seed", 4) != text("--seed", 3)
+
+
+def test_samples_come_from_the_artifact(run, capsys, monkeypatch, tmp_path, tiny):
+    """Another model in artifact.bin says something else; none, or half of one, says what to do."""
+    copy = tmp_path / "logs" / "copy"
+    copy.mkdir(parents=True)
+    (copy / "result.json").write_text((run / "result.json").read_text())
+    assert "artifact.bin is missing" in speak(capsys, monkeypatch, copy)[2]
+    blob = (run / "artifact.bin").read_bytes()
+    (copy / "artifact.bin").write_bytes(blob[:-40])
+    status, _, err = speak(capsys, monkeypatch, copy)
+    assert status == 1 and err.startswith("error:") and len(err.splitlines()) == 1
+    config, tensors = tg.unpack(blob)
+    tensors["tok_emb.weight"].codes.copy_(tensors["tok_emb.weight"].codes.flip(0))
+    (copy / "artifact.bin").write_bytes(tg.pack(config, tensors))
+    options = ("--tokens", 12, "--temperature", 0)
+    assert speak(capsys, monkeypatch, copy, *options)[1] != speak(capsys, monkeypatch, run, *options)[1]
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--tokens", "0"], "at least 1"),
+        (["--top-p", "0"], "(0, 1]"),
+        (["--temperature", "-1"], "at least 0"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model is missing"),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, monkeypatch, words, part):
+    status, out, err = speak(capsys, monkeypatch, run, *words)
+    assert status == 1 and not out and err.startswith("error:") and len(err.splitlines()) == 1 and part in err
+
+
+def test_command_line_of_an_empty_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "records/sample.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
