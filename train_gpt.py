@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, object]] = {
         vocab_size=4096, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=3.0, xsa_last_n=3,
         rope_ntk_reference=0, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64, ve_dim=64,
         ve_layers=(1, 2), value_residual=True, gated_attention=True,
-        iterations=800, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=620,
+        iterations=950, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=740,
         train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
         gptq_calib_sequences=128, eval_seq_len=256, eval_stride=64, skip_sliding=False,
@@ -1077,6 +1077,8 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of soft-capped logits, which are made and used up in chunks that stay in cache.
 
     The gradient is computed on the way forward, as in Liger kernels (arXiv:2410.10989): the logits are never kept.
+    With u = sigmoid(2 z / c), c tanh(z / c) is 2 c u less a constant that the softmax does not see, and its slope is
+    4 u (1 - u); sigmoid is four times faster than tanh on a CPU.
     """
 
     @staticmethod
@@ -1089,16 +1091,16 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=weight.dtype, device=hidden.device)
         to_hidden, to_weight = [], torch.zeros_like(weight) if wanted else None
         for h, y in zip(hidden.split(chunk), targets.unsqueeze(1).split(chunk)):
-            squashed = 2 * torch.sigmoid(full_precision(h @ cast.mT) * (2 / softcap)) - 1  # tanh, 4x faster on CPUs
-            log_p = F.log_softmax(squashed * softcap, dim=-1)
+            u = full_precision(h @ cast.mT).mul_(2 / softcap).sigmoid_()
+            log_p = F.log_softmax(u * (2 * softcap), dim=-1)
             loss = loss - log_p.gather(1, y).sum()
             if wanted:
-                slope = (1 - squashed * squashed) / N
-                minus_one = torch.full_like(y, -1, dtype=log_p.dtype)
-                to_logits = (log_p.exp().scatter_add(1, y, minus_one) * slope).to(h.dtype)
+                to_capped = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))
+                to_logits = to_capped.mul_(torch.addcmul(u, u, u, value=-1)).to(h.dtype)
                 to_hidden.append(to_logits @ cast)
                 to_weight += to_logits.mT @ h
-        ctx.save_for_backward(*((torch.cat(to_hidden), to_weight) if wanted else ()))
+        if wanted:
+            ctx.save_for_backward(torch.cat(to_hidden).mul_(4 / N), to_weight.mul_(4 / N))
         return loss / N
 
     @staticmethod
