@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, object]] = {
         vocab_size=4096, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=3.0, xsa_last_n=3,
         rope_ntk_reference=0, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64, ve_dim=64,
         ve_layers=(1, 2), value_residual=True, gated_attention=True,
-        iterations=950, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=740,
+        iterations=850, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=660,
         train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
         gptq_calib_sequences=128, eval_seq_len=256, eval_stride=64, skip_sliding=False,
