@@ -3043,8 +3043,10 @@ def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
     if "quantize" in stages and "train" not in stages and not (folder / "model.pt").is_file():
         raise UserError(f"{folder / 'model.pt'} is missing; run STAGES=train first, under the same RUN_ID")
     path = Path(hp.artifact) if hp.artifact else folder / "artifact.bin"
-    if stages == ["evaluate"] and not path.is_file():
-        raise UserError(f"{path} is missing; run STAGES=train,quantize first, or set ARTIFACT")
+    if stages == ["evaluate"]:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run STAGES=train,quantize first, or set ARTIFACT")
+        unpack(path.read_bytes())
 
 
 def run(hp: Hyperparameters, world: World) -> None:
