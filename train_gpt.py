@@ -40,6 +40,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -514,8 +515,7 @@ class World:
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.grouped:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def key_values(values: Mapping[str, object]) -> str:
@@ -874,8 +874,11 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square norm over the last dimension, without a weight."""
-    return F.rms_norm(x, (x.size(-1),)) if x.is_cuda else RMSNorm.apply(x)
+    """Root-mean-square norm over the last dimension, without a weight, in the dtype of x.
+
+    CUDA's autocast would return float32 from here and make the whole stream float32.
+    """
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype) if x.is_cuda else RMSNorm.apply(x)
 
 
 class CastLinear(nn.Linear):
@@ -949,8 +952,9 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     y (B, T, H, d), v (B, T, G, d); the H / G heads of a group share a value.
     """
     grouped = y.unflatten(2, (v.size(2), -1))
-    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    direction = F.normalize(v, dim=-1, eps=1e-12).to(v.dtype).unsqueeze(3)
+    along = (grouped * direction).sum(-1, keepdim=True).to(y.dtype)
+    return (grouped - along * direction).flatten(2, 3)
 
 
 class CausalSelfAttention(nn.Module):
@@ -1002,7 +1006,8 @@ class MLP(nn.Module):
         self.slope = hp.mlp_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+        active = F.leaky_relu(self.fc(x), self.slope)
+        return self.proj(active * active)  # square() would be float32 under CUDA's autocast
 
 
 class Block(nn.Module):
@@ -2082,10 +2087,15 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)}")
     with budget.phase("warm-up", counted=False):
         stepper.warm_up()
+    rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # what the proofs are measured on
     reserve = 0.0
     if hp.max_wallclock_seconds and "quantize" in hp.stages:
         with budget.phase("rehearsal", counted=False):
-            reserve = world.max(rehearse()) * 1.15 + 0.5
+            start = time.perf_counter()
+            with world.autocast():
+                technique_proofs(model, x, y)
+            reserve = world.max(time.perf_counter() - start + rehearse()) * 1.15 + 0.5
         log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
         if reserve > hp.max_wallclock_seconds / 2:
             raise UserError(f"quantisation takes {reserve:.0f}s here, more than half of MAX_WALLCLOCK_SECONDS="
@@ -2111,6 +2121,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
                 settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, qat_proof=qat_proof,
                 ema=ema.average.cpu(), swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count))
         reports.saved = step
+        world.barrier()  # no rank may end, and take the others with it, before the file is whole
         log(f"checkpoint step:{step} file:{folder / 'checkpoint.pt'}")
 
     stop_requested = threading.Event()
@@ -2153,10 +2164,11 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     reports.read(lag=0)
     world.synchronize()
     watch.stop()
-    signal.signal(signal.SIGTERM, previous_handler)
     if reports.stopping:
         checkpoint()
-        raise Interrupted(f"stopped by SIGTERM after step {step}; RUN_ID={folder.name} RESUME=1 continues")
+        raise Interrupted(f"stopped by SIGTERM after step {step}{reports.last_checkpoint()}; "
+                          f"RUN_ID={folder.name} RESUME=1 continues from there")
+    signal.signal(signal.SIGTERM, previous_handler)
 
     seconds = world.max(watch.elapsed)
     budget.add("train", seconds)
@@ -2177,8 +2189,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             chosen = "none"
         flat.weights.copy_(averages[chosen])
     with budget.phase("proofs"):
-        rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with world.autocast():
             proofs = training_proofs(model, flat, qat, qat_proof, raw, x, y)
     proofs["averaging"] |= {"exported": chosen, "held_out_losses": losses, "swa_snapshots": swa.count}
@@ -2738,7 +2748,10 @@ class ChunkTrainer:
             self.steps += 1
             for name, average in self.polyak.items():
                 average.lerp_(self.parameters[name].detach(), 1 - hp.polyak_decay)
-        if not world.same_everywhere(torch.stack([p.detach().double().sum() for p in self.parameters.values()])):
+        checksum = torch.stack([p.detach().double().sum() for p in self.parameters.values()])
+        if not torch.isfinite(checksum).all():
+            raise UserError(f"test-time training diverged in chunk {chunk}; lower TTT_LR")
+        if not world.same_everywhere(checksum):
             raise UserError(f"the ranks' weights differ after TTT chunk {chunk}; the score would not be one model's")
 
     @contextlib.contextmanager
@@ -2859,9 +2872,12 @@ def choose_attention(hp: Hyperparameters, model: GPT, world: World) -> str:
         return "flash-attention-3"
     if on_cpu:
         return "dense up to T = 512 in bf16, else sdpa-flash" if hp.attention == "auto" else "sdpa-flash"
-    probe = torch.zeros(1, hp.num_heads, 128, hp.model_dim // hp.num_heads, device=world.device, dtype=world.dtype)
-    params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, True, False)
-    return "sdpa-flash" if torch.backends.cuda.can_use_flash_attention(params) else \
+    q, kv = (torch.zeros(1, heads, 128, hp.model_dim // hp.num_heads, device=world.device, dtype=world.dtype)
+             for heads in (hp.num_heads, hp.num_kv_heads))
+    params = torch.backends.cuda.SDPAParams(q, kv, kv, None, 0.0, True, hp.num_heads != hp.num_kv_heads)
+    hopper = torch.cuda.get_device_capability(world.device)[0] == 9 and hp.attention == "auto"
+    missing = " (FlashAttention 3 is not installed; with it a Hopper GPU takes more steps)" if hopper else ""
+    return f"sdpa-flash{missing}" if torch.backends.cuda.can_use_flash_attention(params) else \
         "sdpa-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "sdpa-math"
 
 
@@ -2931,9 +2947,10 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
         weights = {name: p.detach() for name, p in model.named_parameters()}
         tensors, _ = quantize_model(weights, hessians, hp, world, trained_grid=hp.late_qat)
         pack({}, tensors, hp.zstd_level)
-        RateForecast(weights, hp).multiplier(hp.artifact_limit - code_bytes)
+        RateForecast(weights, hp).multiplier(limit=1.0)  # the whole bisection
         world.synchronize()
-        return (calibrated - start) * hp.gptq_calib_sequences / share + time.perf_counter() - calibrated
+        solved = time.perf_counter() - calibrated
+        return (calibrated - start) * hp.gptq_calib_sequences / share + 2 * solved  # a first file may miss the limit
 
     params = sum(p.numel() for p in model.parameters())
     trained = train(hp, model, stream, world, log, budget, folder, wants_compile(hp, world, params, log), code_bytes,
@@ -3115,22 +3132,30 @@ def main() -> int:
         print(f"{__doc__}\n{Hyperparameters.table()}" if known else "settings are environment variables; try --help",
               file=sys.stdout if known else sys.stderr)
         return 0 if known else 1
-    world = None
+    world, status = None, 0
     try:
         hp = Hyperparameters.from_env(os.environ)
         world = World(hp, os.environ)
         run(hp, world)
-        return 0
     except (UserError, OSError) as error:
+        status = 1
         if world is not None or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
     except Interrupted as stop:
+        status = 143
         print(stop, file=sys.stderr, flush=True)
-        return 143
-    finally:
-        if world is not None:
-            world.close()
+    except Exception:
+        if world is None or not world.grouped:
+            raise
+        status = 1
+        traceback.print_exc()
+    if world is not None and world.grouped:
+        if status:  # other ranks may wait in a collective, and leaving the group would wait for them
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        world.close()
+    return status
 
 
 if __name__ == "__main__":
