@@ -364,7 +364,7 @@ class Hyperparameters:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 yield f"{name.upper()}={getattr(self, name)} must be at least 1"
-        if list(names) and any(getattr(self, name) < 1 for name in AT_LEAST_ONE):
+        if any(getattr(self, name) < 1 for name in AT_LEAST_ONE):
             return  # the rules below divide by these
         for broken, message in (
             (self.model_dim % self.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
@@ -1422,9 +1422,13 @@ class FlatParameters:
         p = self.parameters[name]
         return vector[self.offsets[name]: self.offsets[name] + p.numel()].view(p.shape)
 
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """All parameters as they stand in a vector."""
+        return {name: self.view(vector, name).detach() for name in self.parameters}
+
     def state_dict(self, vector: Tensor) -> dict[str, Tensor]:
-        """Copies of all parameters as they stand in a vector, on the CPU."""
-        return {name: self.view(vector, name).detach().cpu().clone() for name in self.parameters}
+        """Copies of them, on the CPU."""
+        return {name: view.cpu().clone() for name, view in self.views(vector).items()}
 
     def stacks(self, key_of: Callable[[str], object]) -> list[tuple[object, list[str], Tensor, Tensor]]:
         """Runs of neighbours with one shape and one key (None: left out): key, names, weights, gradients (k, m, n)."""
@@ -1718,68 +1722,6 @@ class FakeQuantizer:
         return total.item() / sum(kept.numel() for kept in self.kept)
 
 
-def code_entropy_bits(histogram: Tensor) -> float:
-    """Bits that an order-0 entropy coder needs for codes with these counts."""
-    counts = histogram[histogram > 0].double()
-    return float((counts * (counts.sum() / counts).log2()).sum())
-
-
-def code_histogram(codes: Tensor, max_code: int) -> Tensor:
-    """How often each code occurs, -max_code first."""
-    return torch.bincount(codes.flatten().int() + max_code, minlength=2 * max_code + 1)
-
-
-# Measured on Gaussian codes and on trained models: zstd's literals against the order-0 entropy (section 12).
-ZSTD_OVER_ENTROPY = 1.007
-HEADER_BYTES = 16_000
-
-
-class RateForecast:
-    """The packed model's bytes as a function of the rate multiplier, from the entropy of a sample of its codes.
-
-    The step of the grid is set by rate: absmax steps on near-Gaussian int5 weights cost more than four bits each,
-    where the limit leaves about 3.5, so all matrix scales grow by one factor until the file fits.
-    """
-
-    MOST = 6.0
-
-    def __init__(self, weights: Mapping[str, Tensor], hp: Hyperparameters, sample: int = 1 << 16):
-        max_codes = matrix_max_codes(hp, weights)
-        self.fixed, self.samples = float(HEADER_BYTES), {}  # (role, max_code) -> codes at multiplier 1, unrounded
-        for name, weight in weights.items():
-            role = role_of(name)
-            max_code = max_codes.get(name, max_code_of(hp.embed_bits) if role == "embed" else 0)
-            if not max_code:
-                self.fixed += 2 * weight.numel()
-                continue
-            scales = storable(row_scales(weight, max_code)).unsqueeze(-1)
-            part = weight[:, :: max(weight.numel() // sample, 1)] / scales
-            kept = self.samples.setdefault((role, max_code), [0, []])
-            kept[0] += weight.numel()
-            kept[1].append(part.flatten())
-            self.fixed += 2 * scales.numel()
-        self.samples = {key: (count, torch.cat(parts)) for key, (count, parts) in self.samples.items()}
-
-    def bytes(self, multiplier: float) -> float:
-        """Bytes of the packed model."""
-        total = self.fixed
-        for (role, max_code), (count, units) in self.samples.items():
-            codes = torch.round(units / (multiplier if role != "embed" else 1.0)).clamp_(-max_code, max_code)
-            bits = code_entropy_bits(code_histogram(codes, max_code)) / units.numel()
-            total += count * bits / 8 * ZSTD_OVER_ENTROPY
-        return total
-
-    def multiplier(self, limit: float) -> float:
-        """The smallest multiplier in 1..MOST that is forecast to fit into `limit` bytes, else MOST."""
-        low, high = 1.0, self.MOST
-        if self.bytes(low) <= limit:
-            return low
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
-        return high
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 10 Training
 #
@@ -1807,17 +1749,18 @@ def wants_compile(hp: Hyperparameters, world: World, params: int, log: RunLog) -
     return not missing
 
 
-def micro_batch(hp: Hyperparameters, world: World, sequences: int) -> int:
-    """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as fit into the device's memory.
+def activation_bytes(hp: Hyperparameters) -> float:
+    """About what a token leaves behind for the backward pass, fitted to #606's 26.2 GB for 98,304 tokens."""
+    return 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
 
-    Activations take about 2 (14 D + 3 hidden) bytes per layer and token, fitted to #606's 26.2 GB for 98,304 tokens.
-    """
+
+def micro_batch(hp: Hyperparameters, world: World, sequences: int) -> int:
+    """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as fit into the device's memory."""
     if hp.grad_accum_steps:
         steps = hp.grad_accum_steps
     elif world.device.type == "cuda":
-        per_token = 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
         free = torch.cuda.mem_get_info(world.device)[0] * 0.7
-        steps = math.ceil(sequences * hp.train_seq_len * per_token / free)
+        steps = math.ceil(sequences * hp.train_seq_len * activation_bytes(hp) / free)
     else:
         steps = math.ceil(sequences * hp.train_seq_len / 16384)
     steps = min(max(steps, 1), max(sequences, 1))
@@ -2070,13 +2013,13 @@ class Trained:
 
 
 def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, log: RunLog, budget: Budget,
-          folder: Path, compiling: bool, code_bytes: int, validate: Callable[[Callable], Score],
-          rehearse: Callable[[], float], bpb_per_nat: float = math.nan) -> Trained:
+          folder: Path, compiling: bool, validate: Callable[[Callable], Score], rehearse: Callable[[], float],
+          forecast: Callable[[Tensors], tuple[float, float]], bpb_per_nat: float = math.nan) -> Trained:
     """Train `model` in place and return the averaged weights.
 
-    code_bytes  what the script takes of the artifact's limit;  validate  scores the model as it stands, given a
-    scoring function;  rehearse  quantises once and returns the seconds that it takes;  bpb_per_nat  turns a loss
-    into bits per byte of the validation text, for the log.
+    validate  scores the model as it stands, given a scoring function;  rehearse  quantises once and returns the
+    seconds that it takes;  forecast  gives the rate multiplier with which weights will fit, and their bytes when
+    packed;  bpb_per_nat  turns a loss into bits per byte of the validation text, for the log.
     Raises UserError on a loss that is not finite, Interrupted after SIGTERM.
     """
     stepper = Stepper(hp, model, stream, world, compiling)
@@ -2084,7 +2027,8 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     for line in stepper.optimisers.describe():
         log(line)
     log(f"train compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{stepper.sequences} "
-        f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)}")
+        f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)} "
+        f"activations:{stepper.micro * hp.train_seq_len * activation_bytes(hp) / 2**20:.0f}MiB (estimate)")
     with budget.phase("warm-up", counted=False):
         stepper.warm_up()
     rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
@@ -2146,8 +2090,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         # 2. late QAT: settle the grid when it starts
         qat_on = qat_active(hp, scale)
         if qat_on and not qat_proof:
-            weights = {name: flat.view(flat.weights, name) for name in flat.parameters}
-            qat.multiplier = world.max(RateForecast(weights, hp).multiplier(hp.artifact_limit - code_bytes))
+            qat.multiplier = world.max(forecast(flat.views(flat.weights))[0])
             qat_proof = {"first_step": step + 1, "multiplier": qat.multiplier, "distance_before": qat.distance()}
             log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} "
                 f"kind:{'soft-round' if hp.soft_round_qat else 'straight-through'} matrices:{qat.matrices} "
@@ -2159,6 +2102,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             swa.update(flat.weights)
         reports.post(step, scale, flat.slots)
         step += 1
+        if scale < 1 and step % hp.train_log_every == 0:
+            multiplier, size = forecast(flat.views(ema.average))
+            log(f"forecast step:{step} multiplier:{multiplier:.4f} model:{size:.0f}B")
         if hp.checkpoint_every and step % hp.checkpoint_every == 0:
             checkpoint()
     reports.read(lag=0)
@@ -2356,6 +2302,12 @@ def prune_smallest(weight: Tensor, share: float) -> Tensor:
     return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
 
 
+def quantize_embedding(weight: Tensor, hp: Hyperparameters) -> QuantizedTensor:
+    """An embedding table, pruned and rounded, on the CPU."""
+    pruned, max_code = prune_smallest(weight.float().cpu(), hp.prune_pct), max_code_of(hp.embed_bits)
+    return round_to_grid(pruned, storable(row_scales(pruned, max_code)), max_code)
+
+
 @torch.no_grad()
 def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], hp: Hyperparameters, world: World,
                    multiplier: float = 1.0, trained_grid: bool = False) -> tuple[Tensors, dict]:
@@ -2409,9 +2361,7 @@ def quantize_model(weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
             report["matrices"][name] = [errors[0, i].item(), errors[1, i].item()]
     for name, weight in weights.items():
         if role_of(name) == "embed":
-            pruned = prune_smallest(weight.float().cpu(), hp.prune_pct)
-            max_code = max_code_of(hp.embed_bits)
-            done[name] = round_to_grid(pruned, storable(row_scales(pruned, max_code)), max_code)
+            done[name] = quantize_embedding(weight, hp)
         elif name not in done:
             done[name] = weight.cpu().half()
     return done, report
@@ -2572,6 +2522,17 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
         raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
 
 
+def code_entropy_bits(histogram: Tensor) -> float:
+    """Bits that an order-0 entropy coder needs for codes with these counts."""
+    counts = histogram[histogram > 0].double()
+    return float((counts * (counts.sum() / counts).log2()).sum())
+
+
+def code_histogram(codes: Tensor, max_code: int) -> Tensor:
+    """How often each code occurs, -max_code first."""
+    return torch.bincount(codes.flatten().int() + max_code, minlength=2 * max_code + 1)
+
+
 def byte_report(blob: bytes, tensors: Tensors) -> dict:
     """Packed bytes by section, and the order-0 entropy that the codes of each could reach."""
     _, _, small, size = PREFIX.unpack_from(blob)
@@ -2588,6 +2549,58 @@ def byte_report(blob: bytes, tensors: Tensors) -> dict:
             report[key]["entropy_bytes"] = round(code_entropy_bits(histograms[key]) / 8)
             report[key]["over_entropy"] = packed / max(report[key]["entropy_bytes"], 1)
     return report
+
+
+# Measured on Gaussian codes and on trained models: zstd's literals against the order-0 entropy.
+ZSTD_OVER_ENTROPY = 1.007
+HEADER_BYTES = 2_000
+MARGIN = 0.9985  # share of the limit that a forecast may fill
+
+
+class RateForecast:
+    """The packed model's bytes as a function of the rate multiplier, from the entropy of a sample of its codes.
+
+    The step of the grid is set by rate: absmax steps on near-Gaussian int5 weights cost more than four bits each,
+    where the limit leaves about 3.5, so all matrix scales grow by one factor until the file fits.
+    """
+
+    MOST = 6.0
+
+    def __init__(self, weights: Mapping[str, Tensor], hp: Hyperparameters, sample: int = 1 << 16):
+        max_codes = matrix_max_codes(hp, weights)
+        self.fixed, parts = float(HEADER_BYTES), {}  # parts: (role, max_code) -> weights, samples in grid steps
+        for name, weight in weights.items():
+            if name in max_codes:
+                scales = storable(row_scales(weight, max_codes[name]))
+                some = weight[:, :: max(weight.numel() // sample, 1)] / scales.unsqueeze(-1)
+                parts.setdefault((role_of(name), max_codes[name]), []).append((weight.numel(), some.flatten()))
+                self.fixed += 2 * scales.numel()
+            elif role_of(name) == "embed":  # whatever the multiplier; rows that were never trained pack well
+                table = quantize_embedding(weight, hp)
+                self.fixed += len(compress(tensor_bytes(table.codes), 1, literals=True)) + 2 * table.scales.numel()
+            else:
+                self.fixed += 2 * weight.numel()
+        self.samples = {key: (sum(n for n, _ in these), torch.cat([units for _, units in these]))
+                        for key, these in parts.items()}
+
+    def bytes(self, multiplier: float) -> float:
+        """Bytes of the packed model."""
+        total = self.fixed
+        for (_, max_code), (count, units) in self.samples.items():
+            codes = torch.round(units / multiplier).clamp_(-max_code, max_code)
+            bits = code_entropy_bits(code_histogram(codes, max_code)) / units.numel()
+            total += count * bits / 8 * ZSTD_OVER_ENTROPY
+        return total
+
+    def multiplier(self, limit: float) -> float:
+        """The smallest multiplier in 1..MOST that is forecast to fit into `limit` bytes, else MOST."""
+        low, high = 1.0, self.MOST
+        if self.bytes(low) <= limit:
+            return low
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
+        return high
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
@@ -2620,7 +2633,7 @@ def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: M
     """
     room = hp.artifact_limit - code_bytes
     for rung, eased in rungs(hp):
-        rate, target = RateForecast(weights, eased), room * 0.9985
+        rate, target = RateForecast(weights, eased), room * MARGIN
         for _ in range(4):
             multiplier = rate.multiplier(target)
             forecast = rate.bytes(multiplier)
@@ -2952,10 +2965,15 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
         solved = time.perf_counter() - calibrated
         return (calibrated - start) * hp.gptq_calib_sequences / share + 2 * solved  # a first file may miss the limit
 
+    def forecast(weights: Tensors) -> tuple[float, float]:
+        rate = RateForecast(weights, hp)
+        multiplier = rate.multiplier((hp.artifact_limit - code_bytes) * MARGIN)
+        return multiplier, rate.bytes(multiplier)
+
     params = sum(p.numel() for p in model.parameters())
-    trained = train(hp, model, stream, world, log, budget, folder, wants_compile(hp, world, params, log), code_bytes,
+    trained = train(hp, model, stream, world, log, budget, folder, wants_compile(hp, world, params, log),
                     lambda score_fn: validation.score(model, hp, world, log, hp.eval_seq_len, "validation", score_fn),
-                    rehearse, validation.bpb_per_nat)
+                    rehearse, forecast, validation.bpb_per_nat)
     log(f"proof technique:averaging {key_values(trained.proofs['averaging'])}")
     for name, proof in {**trained.proofs["techniques"], "qat": trained.proofs["qat"]}.items():
         if proof:
@@ -2991,6 +3009,9 @@ def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
         stream = TokenStream(read_split(hp.data_path, "train"))
         sequences = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
         hessians = collect_hessians(model, sequences, world)
+    held = sum(hessian.numel() * 4 for hessian in {id(h): h for h in hessians.values()}.values())
+    log(f"calibrated sequences:{len(sequences)}x{hp.train_seq_len} hessians:{held / 2**20:.0f}MiB "
+        f"peak_memory:{world.peak_memory() / 2**20:.0f}MiB")
     facts = {key: result.get(key) for key in ("preset", "seed", "steps", "script_sha256", "corpus")}
     with budget.phase("quantise and pack"):
         blob, errors, sections = fit_artifact(hp, weights, hessians, facts, world, log, code_bytes,
