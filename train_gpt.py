@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, object]] = {
         ve_layers=(1, 2), value_residual=True, gated_attention=True,
         iterations=850, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=660,
         train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.3,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.15, soft_round_alpha=8.0,
         gptq_calib_sequences=128, eval_seq_len=256, eval_stride=64, skip_sliding=False,
         ttt_optimizer="sgd", ttt_momentum=0.0, ttt_lr=0.1, ttt_epochs=2, ttt_chunk_tokens=512, ttt_batch_seqs=2,
         ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
@@ -1514,7 +1514,8 @@ class Muon(torch.optim.Optimizer):
                 pending.append((group, stack, update, None))
             else:
                 shared = update.new_empty(part * self.world.size, *update.shape[1:])
-                work = dist.all_gather_into_tensor(shared, update.contiguous(), async_op=True)
+                gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the latter before torch 2.13
+                work = gather(shared, update.contiguous(), async_op=True)
                 pending.append((group, stack, shared, work))
         for group, stack, update, work in pending:
             if work is not None:
@@ -2039,6 +2040,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             start = time.perf_counter()
             with world.autocast():
                 technique_proofs(model, x, y)
+            if hp.averaging == "best":
+                alike = dict.fromkeys(("ema", "swa", "none"), flat.weights.clone())
+                held_out_losses(hp, model, flat, alike, stream.held_out, world)
             reserve = world.max(time.perf_counter() - start + rehearse()) * 1.15 + 0.5
         log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
         if reserve > hp.max_wallclock_seconds / 2:
@@ -2102,7 +2106,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             swa.update(flat.weights)
         reports.post(step, scale, flat.slots)
         step += 1
-        if scale < 1 and step % hp.train_log_every == 0:
+        if scale < 1 and step % hp.train_log_every == 0 and world.rank == 0:
             multiplier, size = forecast(flat.views(ema.average))
             log(f"forecast step:{step} multiplier:{multiplier:.4f} model:{size:.0f}B")
         if hp.checkpoint_every and step % hp.checkpoint_every == 0:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -202,6 +203,114 @@ def test_muon_continues_from_its_saved_state():
     step(resumed, twin, 2)
     assert torch.equal(param, twin)
     assert not torch.equal(param, forgetful)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Who gets which optimiser
+# ----------------------------------------------------------------------------------------------------------
+
+NARROW = {
+    "DEVICE": "cpu", "DTYPE": "fp32", "VOCAB_SIZE": "64", "MODEL_DIM": "32", "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "2", "ROPE_DIMS": "8", "BIGRAM_VOCAB_SIZE": "40", "BIGRAM_DIM": "16",
+    "TRAIN_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "16", "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "8",
+}  # fmt: skip
+EMBEDDINGS = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
+# Of eleven layers: 66 matrices and two projections, or 66, one projection and eleven gates.
+GROUP_SIZES = {
+    "pr606": {"matrix": 66 + 2, "embed": 3, "control": 11 * 4 + 6},
+    "pr601": {"matrix": 66 + 1 + 11, "embed": 2, "control": 11 * 6 + 3},
+}
+
+
+def group_of(name):
+    """As the submissions deal them out: by name, and matrices of blocks and projections to Muon."""
+    if name in EMBEDDINGS:
+        return "embed"
+    return "matrix" if name.endswith(".weight") else "control"
+
+
+def stepper_of(preset, seed=0, **changed):
+    """A narrow model of a preset with every parameter random, ready for steps."""
+    hp = settings(**NARROW | {"PRESET": preset} | changed)
+    torch.manual_seed(seed)
+    model = tg.GPT(hp)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.2)
+    stream = tg.TokenStream([torch.randint(0, 64, (5000,)).numpy().astype("uint16")])
+    return tg.Stepper(hp, model, stream, tg.World(hp, {}), compiling=False)
+
+
+@pytest.mark.parametrize("preset", GROUP_SIZES)
+def test_groups_hold_every_parameter_once(preset):
+    stepper = stepper_of(preset, VE_DIM="16") if preset == "pr606" else stepper_of(preset)
+    optimisers, parameters = stepper.optimisers, dict(stepper.model.named_parameters())
+    held = [p for group in optimisers.groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, parameters.values()))
+    counts, names = {}, {id(p): name for name, p in parameters.items()}
+    for kind, group in zip(("matrix", "embed", "control"), optimisers.groups, strict=True):
+        assert {group_of(names[id(p)]) for p in group["params"]} == {kind}
+        counts[kind] = len(group["params"])
+        assert group["weight_decay"] == 0.04
+    assert counts == GROUP_SIZES[preset]
+    assert [group["lr"] for group in optimisers.groups] == [0.025, 0.035, 0.025]
+    lines = "\n".join(optimisers.describe())
+    logged = re.findall(
+        r"group:(\w+) method:(\w+) tensors:(\d+) params:(\d+) lr:(\S+) weight_decay:(\S+)", lines
+    )
+    assert {kind: int(tensors) for kind, _, tensors, *_ in logged} == counts
+    assert [(method, lr, decay) for _, method, _, _, lr, decay in logged] == [
+        ("muon", "0.025", "0.04"), ("adamw", "0.035", "0.04"), ("adamw", "0.025", "0.04"),
+    ]  # fmt: skip
+    assert sum(int(params) for _, _, _, params, _, _ in logged) == sum(p.numel() for p in parameters.values())
+
+
+SMALLER = {
+    "pr606": {"NUM_LAYERS": "3", "XSA_LAST_N": "2", "VE_DIM": "16", "VE_LAYERS": "2"},
+    "pr601": {"NUM_LAYERS": "3", "XSA_LAST_N": "2", "NUM_KV_HEADS": "1"},
+}
+
+
+@pytest.mark.parametrize("preset", SMALLER)
+def test_steps_equal_plain_optimisers(monkeypatch, preset):
+    """Gradients, clipping, Muon (row-normalised in pr601), AdamW and the schedule against a loop written out.
+
+    Orthogonalised in float64 on both sides: bf16 would hide what is to be seen.
+    """
+    exact = lambda stack, steps: torch.stack(
+        [reference_newton_schulz(matrix, steps) for matrix in stack]
+    ).float()
+    monkeypatch.setattr(tg, "newton_schulz", exact)
+    schedule = [(1.0, 0.92), (1.0, 0.93), (0.6, 0.95), (0.3, 0.99), (0.1, 0.99)]
+    stepper, twin = stepper_of(preset, **SMALLER[preset]), stepper_of(preset, **SMALLER[preset])
+    groups = {"matrix": [], "embed": [], "control": []}
+    parameters = {name: torch.nn.Parameter(p.detach().clone()) for name, p in twin.model.named_parameters()}
+    for name, p in parameters.items():
+        groups[group_of(name)].append(p)
+    rates = {"embed": 0.035, "control": 0.025}
+    adamw = torch.optim.AdamW(
+        [{"params": groups[kind]} for kind in rates], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04
+    )
+    buffers = [torch.zeros_like(p) for p in groups["matrix"]]
+    begins = {name: p.detach().clone() for name, p in parameters.items()}
+    for scale, momentum in schedule:
+        x, y = twin.batch()
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)
+        torch.func.functional_call(twin.model, parameters, (x, y)).backward()
+        assert torch.nn.utils.clip_grad_norm_(parameters.values(), 0.3) > 0.3
+        for group, lr in zip(adamw.param_groups, rates.values(), strict=True):
+            group["lr"] = lr * scale
+        adamw.step()
+        for i, p in enumerate(groups["matrix"]):
+            row_norm = preset == "pr601"
+            p.data, buffers[i] = reference_muon_step(
+                p.data, p.grad, buffers[i], 0.025 * scale, momentum, 0.04, row_norm=row_norm
+            )
+            p.data = p.data.float()
+        stepper.step(scale, momentum, qat_on=False)
+    for name, p in stepper.model.named_parameters():
+        assert moved_apart([begins[name]], [p.detach()], [parameters[name].detach()]) < 2e-3, name
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_shard
+from reference import EPS32, reference_loss
 
 import train_gpt as tg
 
@@ -209,6 +210,106 @@ def test_micro_steps_add_up_to_the_batch(hp):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# One batch, however many ranks and micro-steps
+# ----------------------------------------------------------------------------------------------------------
+
+
+def spans_by_hand(shards, batch_tokens, seq_len):
+    """The sequences of the first step: eight spans in a row, over the ends of shards and epochs."""
+    text, length = np.concatenate(shards).tolist(), batch_tokens // 8
+    endless = text * (2 * batch_tokens // len(text) + 2)
+    spans = [endless[i * (length + 1) : (i + 1) * (length + 1)] for i in range(8)]
+    return [tuple(span[at : at + seq_len + 1]) for span in spans for at in range(0, length, seq_len)]
+
+
+def step_of_ranks(hp, shards, size, accumulation, qat_on):
+    """The gradient vector of a first step, summed over ranks, and the sequences that their models got."""
+    total, seen = 0, []
+    for rank in range(size):
+        torch.manual_seed(0)
+        changed = dataclasses.replace(hp, grad_accum_steps=accumulation, grad_clip_norm=0.0)
+        world = tg.World(changed, {})
+        world.rank, world.size, world.sum_ = rank, size, lambda tensor: tensor
+        stepper = tg.Stepper(changed, random_model(changed), tg.TokenStream(shards), world, compiling=False)
+        model, calls = stepper.model, []
+
+        def watched(x, y, model=model, calls=calls):
+            calls.append(len(x))
+            seen.extend((*row, last) for row, last in zip(x.tolist(), y[:, -1].tolist()))
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            return model(x, y)
+
+        stepper.model, stepper.optimisers.step = watched, lambda *_: None
+        stepper.step(0.2, 0.9, qat_on)
+        total = total + stepper.flat.reduced
+        assert max(calls) == -(-sum(calls) // accumulation) and len(calls) == -(-sum(calls) // max(calls))
+    return total, seen
+
+
+RANKS_AND_STEPS = [(1, 5), (1, 16), (2, 1), (2, 4), (3, 1), (3, 2), (4, 1), (4, 4)]
+SHARDS = {"long": (5000, 800), "short and many": (150, 65, 400), "one, shorter than a step": (300,)}
+
+
+@pytest.mark.parametrize(
+    ("length", "qat_on"), [("long", True), ("short and many", False), ("one, shorter than a step", False)]
+)
+def test_a_step_is_the_same_on_any_ranks_and_micro_steps(hp, length, qat_on):
+    """Each sequence once, and the gradient and the loss of the mean over all of them."""
+    hp = dataclasses.replace(hp, train_batch_tokens=256, train_seq_len=16, num_layers=2, ve_layers=(1,))
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(0, hp.vocab_size, size).astype(np.uint16) for size in SHARDS[length]]
+    expected, seen = step_of_ranks(hp, shards, 1, 1, qat_on)
+    trained = [*shards[:-1], shards[-1][: len(shards[-1]) - len(shards[-1]) // 100]]
+    assert seen == spans_by_hand(trained, 256, 16)
+    for size, accumulation in RANKS_AND_STEPS:
+        total, again = step_of_ranks(hp, shards, size, accumulation, qat_on)
+        assert again == seen, (size, accumulation)
+        assert (total - expected).norm() <= 1e-5 * expected.norm(), (size, accumulation)
+        slot = -tg.FlatParameters.SLOTS
+        assert float(total[slot]) == pytest.approx(float(expected[slot]), rel=1e-6)  # the loss
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Documents in one window
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_smear_reset_holds_in_training_scoring_and_ttt(hp, reset):
+    """All three give the reference's loss for the setting, and not the one for the other."""
+    hp = dataclasses.replace(
+        hp, smear_reset_at_bos=reset, train_batch_tokens=64, train_seq_len=16, eval_seq_len=16, num_layers=2,
+        ve_layers=(1,), ttt_lr=0.0, ttt_chunk_tokens=16, ttt_temperature=1.0, eval_stride=16,
+    )  # fmt: skip
+    other = dataclasses.replace(hp, smear_reset_at_bos=not reset)
+    text = torch.randint(2, hp.vocab_size, (65,), generator=torch.Generator().manual_seed(3))
+    text[5::9] = 1
+    model, world = random_model(hp), tg.World(hp, {})
+    with torch.no_grad():
+        model.smear.gate.add_(1.0)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def both(x, y):
+        return [float(reference_loss(state, setting, x, y, EPS32).detach()) for setting in (hp, other)]
+
+    stepper = tg.Stepper(hp, model, tg.TokenStream([text.numpy().astype(np.uint16)]), world, compiling=False)
+    x, y = stepper.batch()
+    stepper.stream.position = 0
+    stepper.step(0.0, 0.0, qat_on=False)
+    model.load_state_dict(state)
+    right, wrong = both(x, y)
+    assert float(stepper.flat.slots[0]) == pytest.approx(right, rel=1e-5) and abs(right - wrong) > 1e-3
+
+    right, wrong = both(text[:-1].view(4, 16), text[1:].view(4, 16))
+    counts, tokens = torch.ones(64, dtype=torch.int32), text.int()
+    scored = tg.evaluate(model, tokens, counts, tg.sliding_windows(64, 16, 16), world)
+    tested, proof = tg.evaluate_ttt(model, tokens, counts, hp, world, tg.RunLog(None))
+    assert proof["steps"] > 0 and abs(right - wrong) > 1e-3
+    assert scored.val_loss == pytest.approx(right, rel=1e-5)
+    assert tested.val_loss == pytest.approx(right, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Warm-up
 # ----------------------------------------------------------------------------------------------------------
 
@@ -335,6 +436,17 @@ def test_best_exports_the_lowest_loss_on_held_out_training_tokens(recorded, hp):
     assert proof["exported"] == min(expected, key=expected.get)
     assert close(exported(folder), candidates[proof["exported"]])
     assert len({round(loss, 4) for loss in expected.values()}) == 3
+
+
+def test_the_log_says_what_was_exported_and_the_losses_compared(recorded):
+    for kind, (folder, _) in recorded.items():
+        text, proof = (folder / "logs/run/log.txt").read_text(), result(folder)["proofs"]["averaging"]
+        (line,) = re.findall(r"^proof technique:averaging .*$", text, re.M)
+        assert f"exported:{proof['exported']} " in line
+        for name, loss in proof["held_out_losses"].items():
+            assert f"'{name}': {loss}" in line
+        assert bool(proof["held_out_losses"]) == (kind == "best")
+        assert "average" in result(folder)["budget"]["training"]["counted"]  # inside the budget
 
 
 def test_best_never_looks_at_validation(recorded, tiny, tmp_path):
@@ -540,6 +652,42 @@ def test_resume_needs_a_checkpoint(capsys, tmp_path, tiny):
     assert "checkpoint" in one_line_error(capsys)
 
 
+@pytest.mark.parametrize("moment", ["half written", "before the old one moves", "before it takes its name"])
+def test_a_kill_while_a_checkpoint_is_written_loses_only_that_one(tmp_path, tiny, uninterrupted, moment):
+    """The second checkpoint, of step 8, is never whole under its name; the one of step 4 serves."""
+    replace, fsync, replaced = os.replace, os.fsync, []
+    dies_after = {"before the old one moves": 1, "before it takes its name": 2}
+
+    def dying_fsync(handle):
+        if replaced and moment == "half written":
+            os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            raise Killed
+        fsync(handle)
+
+    def dying_replace(source, target):
+        is_checkpoint = Path(target).name.startswith("checkpoint")
+        if is_checkpoint and len(replaced) == dies_after.get(moment):
+            raise Killed
+        replace(source, target)
+        replaced.extend([target] * is_checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", dying_replace)
+        patch.setattr(os, "fsync", dying_fsync)
+        with pytest.raises(Killed):
+            start(tmp_path, tiny | SAVING)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert max(losses(tmp_path)) == 8
+    whole = [path for path in (tmp_path / "logs/run").glob("checkpoint*.pt")]
+    assert [torch.load(path, weights_only=True)["step"] for path in whole] == [4]
+    kept = tg.load_checkpoint(tmp_path / "logs/run", tg.Hyperparameters.from_env(tiny | QUIET | SAVING))
+    reference = losses(uninterrupted)
+    assert kept["step"] == 4 and losses(tmp_path) == {step: reference[step] for step in range(1, 9)}
+    if moment == "half written":
+        assert start(tmp_path, tiny | SAVING | {"RESUME": "1"}) == 0
+        assert losses(tmp_path) == reference and same_weights(exported(tmp_path), exported(uninterrupted))
+
+
 def test_sigterm_writes_a_checkpoint(tmp_path, tiny):
     env = tiny | QUIET | {"ITERATIONS": "150", "TRAIN_LOG_EVERY": "1", "OMP_NUM_THREADS": "1"}
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -578,34 +726,108 @@ def test_sigterm_writes_a_checkpoint(tmp_path, tiny):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_wall_clock_holds_everything_and_stops_during_validation(monkeypatch, tmp_path, tiny):
-    """Validations of 0.3 s and more do not count; calibration and packing do, and fit in."""
-    score = tg.Validation.score
+class Clock:
+    """Stands in for the module `time`: seconds pass when a test says so."""
 
-    def slow(*args, **kwargs):
-        time.sleep(0.3)
+    def __init__(self):
+        self.now = 5000.0
+
+    def perf_counter(self):
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A step takes one second, a validation 100, a checkpoint none."""
+    clock, score = Clock(), tg.Validation.score
+
+    def slow_score(*args, **kwargs):
+        clock.now += 100
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(tg.Validation, "score", slow)
-    env = {
-        "MAX_WALLCLOCK_SECONDS": "3", "ITERATIONS": "100000", "STAGES": "train,quantize",
-        "VAL_LOSS_EVERY": "15", "WARMDOWN_ITERS": "10",
-    }  # fmt: skip
-    began = time.perf_counter()
+    def slow_step(_, __):
+        clock.now += 1
+
+    monkeypatch.setattr(tg, "time", clock)
+    monkeypatch.setattr(tg.Validation, "score", slow_score)
+    watch_steps(monkeypatch, after=slow_step)
+    return clock
+
+
+def test_the_clock_stands_still_during_warm_up_and_validation(clock, tmp_path, tiny):
+    """A warm-up of 3 s and a validation of 100 s after every fifth of 12 steps."""
+    assert start(tmp_path, tiny | {"WARMUP_STEPS": "3", "ITERATIONS": "12", "VAL_LOSS_EVERY": "5"}) == 0
+    assert [line["seconds"] for _, line in sorted(metrics(tmp_path).items())] == list(range(1, 13))
+    seconds = {step: line["seconds"] for step, line in metrics(tmp_path, "validation").items()}
+    assert seconds == {5: 5, 10: 10}
+    facts = result(tmp_path)
+    assert facts["train_seconds"] == 12 and facts["step_ms"] == 1000
+    budget = facts["budget"]["training"]
+    assert budget["counted"]["train"] == budget["used"] == 12
+    assert budget["uncounted"] == {"warm-up": 3, "validation": 200, "float": 100}
+
+
+def test_warmdown_and_end_by_the_wall_clock(clock, tmp_path, tiny):
+    """20 s of steps of 1 s, the last ten of them the warmdown, whatever warm-up and validation took."""
+    env = {"MAX_WALLCLOCK_SECONDS": "20", "ITERATIONS": "1000", "WARMDOWN_ITERS": "10", "VAL_LOSS_EVERY": "7"}
     assert start(tmp_path, tiny | env) == 0
-    took = time.perf_counter() - began
-    facts, validations = result(tmp_path), metrics(tmp_path, "validation")
-    clock = facts["budget"]["training"]
-    assert clock["limit"] == 3 and clock["within"] and clock["used"] <= 3
-    assert clock["used"] == pytest.approx(sum(clock["counted"].values()))
-    assert 0 < facts["reserve_seconds"] < 2 and facts["train_seconds"] <= 3 - facts["reserve_seconds"] + 0.1
-    assert facts["train_seconds"] > 0.5  # it used what was left
-    assert len(validations) >= 1 and clock["uncounted"]["validation"] >= 0.3 * len(validations)
-    assert took > clock["used"] + clock["uncounted"]["validation"]
-    steps = metrics(tmp_path)
-    assert len(steps) == facts["steps"] >= 10 and steps[1]["lr_scale"] == 1
-    assert steps[facts["steps"]]["lr_scale"] < 0.35  # the warmdown ended with the clock
-    assert {"calibrate", "quantise and pack"} <= set(clock["counted"])
+    scales = [line["lr_scale"] for _, line in sorted(metrics(tmp_path).items())]
+    assert scales == pytest.approx([1.0] * 10 + [1 - step / 10 for step in range(10)])
+    assert result(tmp_path)["train_seconds"] == 20 and result(tmp_path)["budget"]["training"]["within"]
+
+
+def test_a_resumed_clock_goes_on_where_it_stood(clock, tmp_path, tiny):
+    """Killed in step 15; the checkpoint of step 12 holds 12 s, and the warmdown goes on from there."""
+    env = {
+        "MAX_WALLCLOCK_SECONDS": "20",
+        "ITERATIONS": "1000",
+        "WARMDOWN_ITERS": "10",
+        "CHECKPOINT_EVERY": "4",
+    }
+    kill_at(tmp_path, tiny | env, 15)
+    clock.now += 3600
+    (tmp_path / "logs/run/metrics.jsonl").write_text("")
+    assert start(tmp_path, tiny | env | {"RESUME": "1"}) == 0
+    lines = metrics(tmp_path)
+    assert sorted(lines) == list(range(13, 21))
+    assert [lines[step]["seconds"] for step in sorted(lines)] == list(range(13, 21))
+    assert [lines[step]["lr_scale"] for step in sorted(lines)] == pytest.approx(
+        [1 - i / 10 for i in range(2, 10)]
+    )
+
+
+def test_the_wall_clock_holds_calibration_and_packing(monkeypatch, clock, tmp_path, tiny):
+    """A sequence of the calibration takes 0.25 s, quantising 2 s, packing 1 s; all of it ends inside 40 s."""
+
+    def slowed(function, seconds):
+        def slow(*args, **kwargs):
+            clock.now += seconds(*args)
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(
+        tg, "collect_hessians", slowed(tg.collect_hessians, lambda _, rows, *__: len(rows) / 4)
+    )
+    monkeypatch.setattr(tg, "quantize_model", slowed(tg.quantize_model, lambda *_: 2))
+    monkeypatch.setattr(tg, "pack", slowed(tg.pack, lambda *_: 1))
+    env = {
+        "MAX_WALLCLOCK_SECONDS": "40", "ITERATIONS": "1000", "WARMDOWN_ITERS": "10", "VAL_LOSS_EVERY": "7",
+        "STAGES": "train,quantize",
+    }  # fmt: skip
+    assert start(tmp_path, tiny | env) == 0
+    facts = result(tmp_path)
+    budget, reserve = facts["budget"]["training"], facts["reserve_seconds"]
+    assert budget["counted"]["calibrate"] == 16 / 4 and budget["counted"]["quantise and pack"] >= 3
+    assert budget["limit"] == 40 and budget["within"] and budget["used"] <= 40
+    assert budget["used"] == pytest.approx(sum(budget["counted"].values()))
+    assert 7 <= reserve < 20  # what calibrating once, quantising and packing take, and some more
+    assert 39 - reserve <= facts["train_seconds"] == facts["steps"] <= 40 - reserve  # it used what was left
+    scales = [line["lr_scale"] for _, line in sorted(metrics(tmp_path).items())]
+    assert scales[0] == 1 and scales[-1] <= 0.2  # the warmdown ends with the clock, the reserve kept back
     assert (tmp_path / "logs/run/artifact.bin").is_file()
 
 
