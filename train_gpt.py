@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import heapq
 import io
 import json
 import math
@@ -2210,14 +2211,18 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     return torch.linalg.solve_triangular(factor.flip(-2, -1), eye.expand_as(hessian), upper=True)
 
 
-def search_scales(weight: Tensor, hessian: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
-    """Per row, the clip with the least Hessian-weighted rounding error; (k, out, in), (k, in, in) -> (k, out)."""
+def search_scales(weight: Tensor, importance: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
+    """Per row, the clip with the least rounding error: weight (k, out, in), importance (k, in) of columns -> (k, out).
+
+    GPTQ's Hessian-weighted error is the sum of e_j^2 / U_jj^2 over the columns, e_j what rounding the updated column
+    leaves, so a column counts 1 / U_jj^2: the variance of its input, given the inputs that come after it.
+    """
     full = row_scales(weight, max_code)
     best, best_error = full, torch.full_like(full, math.inf)
     for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54):
         scales = storable(full * share)
         error = weight - round_to_grid(weight, scales, max_code).dequantize()
-        weighted = ((error @ hessian) * error).sum(-1)
+        weighted = (error.square() @ importance.unsqueeze(-1)).squeeze(-1)
         best, best_error = torch.where(weighted < best_error, scales, best), torch.minimum(weighted, best_error)
     return best * multiplier
 
@@ -2262,7 +2267,6 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01, sca
     if not all(torch.isfinite(given).all() for given in (weight, hessian, scales) if given is not None):
         raise ValueError("weight, hessian and scales must be finite")
     weight, hessian = weight.float(), hessian.float()
-    scales = storable(search_scales(weight, hessian, max_code, multiplier) if scales is None else scales)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
     by_row, by_column = order.unsqueeze(-1).expand(k, n, n), order.unsqueeze(1).expand(k, n, n)
@@ -2271,6 +2275,9 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01, sca
     U = inverse_cholesky(ordered, damp)
     # Transposed, so that a column of the weight is contiguous.
     W = weight.mT.gather(1, order.unsqueeze(-1).expand(k, n, out)).masked_fill_(dead.unsqueeze(-1), 0.0)
+    if scales is None:
+        scales = search_scales(W.mT, U.diagonal(dim1=-2, dim2=-1) ** -2, max_code, multiplier)
+    scales = storable(scales)
     Q, E = torch.empty_like(W), torch.empty_like(W)
 
     def solve(low: int, high: int) -> None:
@@ -2449,7 +2456,7 @@ def pack(config: dict, tensors: Tensors, level: int = 22) -> bytes:
     plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
     if sum(map(len, plain.values())) > MOST_BYTES:
         raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
-    packed = {key: compress(data, level, literals=not key.startswith("raw")) for key, data in plain.items()}
+    packed = {key: compress(data, level, literals=not key.startswith(("raw", "embed"))) for key, data in plain.items()}
     header = json.dumps({"config": config, "tensors": entries,
                          "sections": [[key, len(packed[key]), len(plain[key])] for key in plain]},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
@@ -2555,10 +2562,19 @@ def byte_report(blob: bytes, tensors: Tensors) -> dict:
     return report
 
 
-# Measured on Gaussian codes and on trained models: zstd's literals against the order-0 entropy.
-ZSTD_OVER_ENTROPY = 1.007
-HEADER_BYTES = 2_000
+HEADER_BYTES = 1_000
 MARGIN = 0.9985  # share of the limit that a forecast may fill
+
+
+def huffman_bits(histogram: Tensor) -> int:
+    """Bits of codes with these counts under their best prefix code, in which zstd writes literals."""
+    heap = [count for count in histogram.tolist() if count]
+    heapq.heapify(heap)
+    bits = heap[0] if len(heap) == 1 else 0
+    while len(heap) > 1:
+        bits += (pair := heapq.heappop(heap) + heapq.heappop(heap))
+        heapq.heappush(heap, pair)
+    return bits
 
 
 class RateForecast:
@@ -2572,18 +2588,22 @@ class RateForecast:
 
     def __init__(self, weights: Mapping[str, Tensor], hp: Hyperparameters, sample: int = 1 << 16):
         max_codes = matrix_max_codes(hp, weights)
-        self.fixed, parts = float(HEADER_BYTES), {}  # parts: (role, max_code) -> weights, samples in grid steps
+        parts: dict[tuple, list] = {}  # (role, max_code) -> weights, samples in grid steps
+        tables, scales, raw = [], [], []  # what costs the same whatever the multiplier is packed to see what it costs
         for name, weight in weights.items():
             if name in max_codes:
-                scales = storable(row_scales(weight, max_codes[name]))
-                some = weight[:, :: max(weight.numel() // sample, 1)] / scales.unsqueeze(-1)
+                scales.append(storable(row_scales(weight, max_codes[name])))
+                some = weight[:, :: max(weight.numel() // sample, 1)] / scales[-1].unsqueeze(-1)
                 parts.setdefault((role_of(name), max_codes[name]), []).append((weight.numel(), some.flatten()))
-                self.fixed += 2 * scales.numel()
-            elif role_of(name) == "embed":  # whatever the multiplier; rows that were never trained pack well
+            elif role_of(name) == "embed":
                 table = quantize_embedding(weight, hp)
-                self.fixed += len(compress(tensor_bytes(table.codes), 1, literals=True)) + 2 * table.scales.numel()
+                tables.append(table.codes)
+                scales.append(table.scales)
             else:
-                self.fixed += 2 * weight.numel()
+                raw.append(weight)
+        plain = tables, [part.half() for part in scales], [part.half() for part in raw]
+        self.fixed = HEADER_BYTES + sum(
+            len(compress(b"".join(map(tensor_bytes, same)), 1, literals=False)) for same in plain)
         self.samples = {key: (sum(n for n, _ in these), torch.cat([units for _, units in these]))
                         for key, these in parts.items()}
 
@@ -2592,8 +2612,7 @@ class RateForecast:
         total = self.fixed
         for (_, max_code), (count, units) in self.samples.items():
             codes = torch.round(units / multiplier).clamp_(-max_code, max_code)
-            bits = code_entropy_bits(code_histogram(codes, max_code)) / units.numel()
-            total += count * bits / 8 * ZSTD_OVER_ENTROPY
+            total += count / units.numel() * huffman_bits(code_histogram(codes, max_code)) / 8
         return total
 
     def multiplier(self, limit: float) -> float:
@@ -2637,8 +2656,8 @@ def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: M
     """
     room = hp.artifact_limit - code_bytes
     for rung, eased in rungs(hp):
-        rate, target = RateForecast(weights, eased), room * MARGIN
-        for _ in range(4):
+        rate, target, last = RateForecast(weights, eased), room * MARGIN, None
+        for _ in range(5):
             multiplier = rate.multiplier(target)
             forecast = rate.bytes(multiplier)
             tensors, errors = quantize_model(weights, hessians, eased, world, multiplier, trained_grid)
@@ -2651,7 +2670,9 @@ def fit_artifact(hp: Hyperparameters, weights: Mapping[str, Tensor], hessians: M
                 return blob, errors, byte_report(blob, tensors)
             if forecast > target:
                 break  # the multiplier is at its largest
-            target -= 1.2 * (len(blob) - room) + 0.001 * room
+            # Files of few levels shrink by less than is forecast; the last two tell by how much.
+            slope = max((last[1] - len(blob)) / (last[0] - forecast), 0.1) if last else 1.0
+            last, target = (forecast, len(blob)), forecast - 1.2 * (len(blob) - room) / slope - 0.001 * room
     raise UserError(f"no rung of the ladder brings {code_bytes}B of code and the model under ARTIFACT_LIMIT="
                     f"{hp.artifact_limit}; model.pt is kept. Use a smaller model, or fewer BIGRAM_VOCAB_SIZE")
 

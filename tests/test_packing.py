@@ -6,16 +6,20 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import random
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 
 import pytest
 import torch
+from conftest import ROOT
 
 import train_gpt as tg
 
@@ -181,6 +185,27 @@ def test_the_same_tensors_give_the_same_bytes():
     assert blob == tg.pack(CONFIG, moved) == tg.pack(*tg.unpack(blob))
 
 
+ELSEWHERE = """
+import hashlib, sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import test_packing as t
+import train_gpt as tg
+torch.set_num_threads(3)
+more = {"blocks.2.mlp.fc.weight": t.quantized(300, 500)}
+print(hashlib.sha256(tg.pack(t.CONFIG, t.a_model() | more)).hexdigest())
+"""
+
+
+def test_another_process_gives_the_same_bytes():
+    """With other hashes of text and another number of threads."""
+    blob = tg.pack(CONFIG, a_model() | {"blocks.2.mlp.fc.weight": quantized(300, 500)})
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ELSEWHERE, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == hashlib.sha256(blob).hexdigest(), done.stderr
+
+
 @pytest.mark.parametrize("tensor", [
     torch.ones(2, dtype=torch.complex64), Q(torch.full((2, 3), 16, dtype=torch.int8), torch.ones(2), 15),
     Q(torch.full((2, 3), -16, dtype=torch.int8), torch.ones(2), 15),
@@ -231,6 +256,36 @@ def test_gaussian_codes_come_close_to_their_entropy(level):
     assert report["scales"]["plain_bytes"] == scales
 
 
+def test_tables_whose_rows_repeat_take_less_than_their_entropy():
+    """Rows of tokens that never occur are nearly alike, and zstd may look for matches there."""
+    rows = torch.randint(-9, 10, (40, 64), generator=generator())
+    codes = torch.cat([rows[torch.randint(0, 40, (300,), generator=generator())], rows]).to(torch.int8)
+    tensors = {"tok_emb.weight": Q(codes, torch.ones(340), 127)}
+    section = tg.byte_report(tg.pack({}, tensors), tensors)["embed.127"]
+    assert section["bytes"] < 0.35 * section["entropy_bytes"]
+
+
+@pytest.mark.slow
+def test_a_pr606_sized_model_is_packed_tightly_and_quickly():
+    """31.7 M Gaussian codes, 1.7 M of tables: 1.007 times the entropy, raw tensors and scales, and 40 kB."""
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in tg.GPT(hp).named_parameters()}
+    max_codes = tg.matrix_max_codes(hp, shapes)
+    tensors = {name: quantized(*shape, max_codes.get(name, 127), i, 2.85 if name in max_codes else 30)
+               if name in max_codes or tg.role_of(name) == "embed" else torch.ones(shape).half()
+               for i, (name, shape) in enumerate(shapes.items())}
+    start = time.perf_counter()
+    blob = tg.pack(tg.artifact_config(hp, {}), tensors)
+    assert time.perf_counter() - start < 5
+    coded = [t for t in tensors.values() if isinstance(t, Q)]
+    assert sum(t.codes.numel() for t in coded if t.max_code == 15) == 31_719_424
+    bound = sum(entropy_bytes(torch.cat([t.codes.flatten() for t in coded if t.max_code == max_code]))
+                for max_code in (15, 127))
+    beside = sum(2 * (t.scales if isinstance(t, Q) else t).numel() for t in tensors.values())
+    assert len(blob) <= 1.007 * bound + beside + 40_000
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Damage
 # ----------------------------------------------------------------------------------------------------------
@@ -241,23 +296,29 @@ def seal(body):
     return body + hashlib.sha256(body).digest()
 
 
+def refused(blob):
+    """Whether unpack refuses a file, in one clear line; nothing but a ValueError may come out of it."""
+    try:
+        tg.unpack(blob)
+    except ValueError as error:
+        (line,) = str(error).splitlines()
+        assert "artifact" in line and len(line) < 300
+        return True
+    return False
+
+
 def test_trailing_bytes_are_refused():
     blob = tg.pack(CONFIG, a_model())
     for extra in (b"\0", b"x", blob[-32:], blob):
-        for bad in (blob + extra, seal(blob[:-32] + extra)):
-            with pytest.raises(ValueError):
-                tg.unpack(bad)
+        assert refused(blob + extra) and refused(seal(blob[:-32] + extra))
 
 
 def test_every_truncation_is_refused():
     blob = tg.pack(CONFIG, a_model())
     assert len(blob) < 5000
     for size in range(len(blob)):
-        with pytest.raises(ValueError):
-            tg.unpack(blob[:size])
-        if size % 3 == 0:
-            with pytest.raises(ValueError):
-                tg.unpack(seal(blob[:size]))
+        assert refused(blob[:size])
+        assert size % 3 or refused(seal(blob[:size]))
 
 
 def test_every_flipped_bit_is_refused():
@@ -265,8 +326,7 @@ def test_every_flipped_bit_is_refused():
     for at in range(8 * len(blob)):
         bad = bytearray(blob)
         bad[at // 8] ^= 1 << at % 8
-        with pytest.raises(ValueError):
-            tg.unpack(bytes(bad))
+        assert refused(bytes(bad))
 
 
 def mutate(data, rng):
@@ -291,15 +351,13 @@ def mutate(data, rng):
 
 def test_no_mutation_is_accepted():
     blob, rng = tg.pack(CONFIG, a_model()), random.Random(0)
-    refused = 0
+    count = 0
     with bounded(30):
-        for _ in range(5000):
+        while count < 5000:
             bad = mutate(blob, rng)
             if bad != blob:
-                with pytest.raises(ValueError):
-                    tg.unpack(bad)
-                refused += 1
-    assert refused > 4800
+                assert refused(bad)
+                count += 1
 
 
 def assert_sound(blob):
@@ -550,9 +608,8 @@ def foreign_files():
 
 @pytest.mark.parametrize("name", foreign_files())
 def test_foreign_files_are_refused(name):
-    with bounded(2, 100), pytest.raises(ValueError) as caught:
-        tg.unpack(foreign_files()[name])
-    assert len(str(caught.value).splitlines()) == 1
+    with bounded(2, 100):
+        assert refused(foreign_files()[name])
 
 
 def test_nothing_in_a_file_is_executed(monkeypatch):

@@ -1,0 +1,431 @@
+"""The README's experiments: runs of train_gpt.py at `smoke` scale over several seeds, and their tables.
+
+    python records/experiments.py ablations             run what is missing, then print the table
+    python records/experiments.py all --jobs 2          every study, two runs at a time, which share the cores
+    python records/experiments.py qat --dry-run         list what would run
+    python records/experiments.py qat --table --readme  write the table of what is there into README.md
+    DATA_PATH=... TOKENIZER_PATH=... VOCAB_SIZE=... python records/experiments.py ttt --corpus NAME
+                                                        the same on another text
+
+A run is a folder under --logs, and a finished one is never repeated: the same command continues after an
+interruption. Of the caller's settings only those of the data and the device reach the runs.
+"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+from runs import BOOKKEEPING, ROOT, Mistake, Run, exit_status, script, show, write_atomically
+
+KEPT = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "DEVICE")
+CONSOLE = "console.txt"  # what a run printed; locked while it lives, it marks a folder that may be made anew
+SHORT = "ITERATIONS=320 WARMDOWN_ITERS=250 LATE_QAT=0"  # every ablation: a minute on two cores
+ABLATIONS = {  # label: what is removed, and how
+    "full": ("nothing", ""),
+    "value_residual": ("value residual", "VALUE_RESIDUAL=0"),
+    "gated_attention": ("gated attention", "GATED_ATTENTION=0"),
+    "xsa": ("XSA", "XSA_LAST_N=0"),
+    "smear_gate": ("SmearGate", "SMEAR_GATE=0"),
+    "bigram_hash": ("BigramHash", "BIGRAM_VOCAB_SIZE=0"),
+    "value_embedding": ("value embedding", "VE_ENABLED=0"),
+    "ln_scale": ("LN scale", "LN_SCALE=0"),
+    "ema": ("EMA", "AVERAGING=none"),
+    "partial_rope": ("partial RoPE (all dimensions turn)", "ROPE_DIMS=64"),
+    "ortho_init": ("OrthoInit", "ORTHO_INIT=0"),
+}
+RECIPES = {  # label: title, and what differs from the preset
+    "pr606": ("#606's recipe", "TTT_OPTIMIZER=adamw TTT_LR=1e-4 TTT_EPOCHS=3 TTT_PARAMS=blocks "
+              "TTT_SCHEDULE=run TTT_TEMPERATURE=0.98 TTT_BATCH_SEQS=2 TTT_CHUNK_TOKENS=512"),
+    "pr601": ("#601's SGD recipe", "TTT_OPTIMIZER=sgd TTT_LR=0.002 TTT_MOMENTUM=0.9 TTT_EPOCHS=2 "
+              "TTT_PARAMS=control TTT_SCHEDULE=chunk TTT_TEMPERATURE=1 TTT_BATCH_SEQS=1 "
+              "TTT_CHUNK_TOKENS=512"),
+    "smoke": ("`smoke`'s recipe", ""),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration, run once per seed: its settings, and the variant whose result it starts from."""
+
+    label: str
+    env: dict[str, str]
+    parent: Variant | None = None
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores that a finished run of it has."""
+        if "evaluate" not in self.env["STAGES"]:
+            return ["float"]
+        optional = {"sliding": self.env["SKIP_SLIDING"] == "0", "ttt": self.env["TTT_ENABLED"] == "1"}
+        return ["roundtrip", *(name for name, wanted in optional.items() if wanted)]
+
+
+def variant(label: str, settings: str, parent: Variant | None = None) -> Variant:
+    """A variant with the settings `NAME=value ...` over its parent's, or over those of training alone."""
+    inherited = parent.env if parent else {"PRESET": "smoke", "STAGES": "train"}
+    return Variant(label, inherited | dict(word.split("=") for word in settings.split()), parent)
+
+
+# No clock: test-time training would otherwise stop early on a slow machine.
+SCORED = "STAGES=quantize,evaluate TTT_ENABLED=0 SKIP_SLIDING=1 EVAL_SECONDS=0"
+
+
+def rounded(trained: Variant, quantizer: str, attn: int, mlp: int) -> Variant:
+    """A trained model quantised, packed, loaded and scored."""
+    bits = f"int{attn}" if attn == mlp else f"int{attn}int{mlp}"
+    settings = f"{SCORED} QUANTIZER={quantizer} ATTN_BITS={attn} MLP_BITS={mlp}"
+    return variant(f"{trained.label}-{bits}-{quantizer}", settings, trained)
+
+
+ABLATION = {label: variant(f"ablation-{label}", f"{SHORT} {env}") for label, (_, env) in ABLATIONS.items()}
+NONE, SOFT = variant("qat-none", "LATE_QAT=0"), variant("qat-soft", "")
+SHARP = variant("qat-sharp", "LATE_QAT_THRESHOLD=0.3 SOFT_ROUND_ALPHA=16")
+STE = variant("qat-ste", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3")
+STE4 = variant("qat-ste4", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3 ATTN_BITS=4 MLP_BITS=4")
+QAT = (("none", NONE, 5), ("soft-round, `smoke`'s", SOFT, 5),
+       ("soft-round below 0.3 to alpha 16", SHARP, 5), ("straight-through below 0.3", STE, 5),
+       ("none", NONE, 4), ("straight-through below 0.3", STE4, 4))
+QUANTIZERS = {(f"int{attn} / int{mlp}", title): rounded(NONE, name, attn, mlp)
+              for attn, mlp in ((6, 6), (6, 5), (5, 5))
+              for name, title in (("rtn", "plain rounding"), ("gptq_lite", "GPTQ-lite"), ("gptq", "GPTQ"))}
+PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
+TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
+       for label, (_, env) in RECIPES.items()}
+
+
+def with_parents(variants: Iterable[Variant]) -> list[Variant]:
+    """The variants and all that they start from, parents first, each once."""
+    found: dict[str, Variant] = {}
+    for what in variants:
+        for link in (*(with_parents([what.parent]) if what.parent else ()), what):
+            found.setdefault(link.label, link)
+    return list(found.values())
+
+
+def unread(hp) -> tuple[str, ...]:
+    """How the names of the settings begin that a run does not read, so that its preset may change them."""
+    names = [*BOOKKEEPING, *map(str.lower, KEPT), "ignored", "val_batch_size"]
+    if "evaluate" not in hp.stages:
+        names += ["eval_stride", "eval_seconds", "skip_sliding"]
+    if "evaluate" not in hp.stages or not hp.ttt_enabled:
+        names += ["ttt_", "use_polyak", "polyak_decay"]
+    if "quantize" not in hp.stages:
+        names += ["quantizer", "prune_pct", "gptq_", "embed_bits", "zstd_level"]
+    if not hp.late_qat:
+        names += ["late_qat_threshold", "soft_round"]
+        names += [] if "quantize" in hp.stages else ["attn_bits", "mlp_bits", "int6_last_n"]
+    if not hp.soft_round_qat:
+        names += ["soft_round_alpha"]
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the runs lie, over which seeds and which text, and what --set lays over every run's settings."""
+
+    logs: Path
+    seeds: Sequence[int]
+    corpus: str = ""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def folder(self, what: Variant, seed: int) -> Path:
+        """A run's folder, named by its RUN_ID."""
+        return self.logs / f"{self.corpus}{'-' * bool(self.corpus)}{what.label}-seed{seed}"
+
+    def settings(self, what: Variant, seed: int) -> dict[str, str]:
+        """A run's settings, but for the data."""
+        own = {"SEED": str(seed), "RUN_ID": self.folder(what, seed).name}
+        if what.env["STAGES"] == "evaluate":
+            own["ARTIFACT"] = str(self.folder(what.parent, seed) / "artifact.bin")
+        return {**what.env, **self.overrides, **own}
+
+    def finished(self, what: Variant, seed: int) -> Run | None:
+        """The run if its scores are there and its parent is the one it started from.
+
+        Raises Mistake where it was made with other settings.
+        """
+        folder = self.folder(what, seed)
+        run = Run.open(folder) if (folder / "result.json").is_file() else None
+        if run is None or any(run.result["bpb"].get(score) is None for score in what.scores):
+            return None
+        hp = script().Hyperparameters.from_env(self.settings(what, seed))
+        wanted = json.loads(json.dumps(asdict(hp)))
+        for name, value in run.result.get("scored_with", run.result).get("settings", {}).items():
+            if value != wanted.get(name, value) and not name.startswith(unread(hp)):
+                raise Mistake(f"{folder} was run with {name.upper()}={show(value)}, this study wants "
+                              f"{show(wanted[name])}; remove it, or choose another --logs")
+        if what.parent:
+            source = self.finished(what.parent, seed)
+            if source is None:
+                return None
+            left = source.result["artifact"]["sha256"] if hp.artifact else source.result["started"]
+            if run.result["scored_artifact_sha256" if hp.artifact else "started"] != left:
+                return None
+        return run
+
+    def values(self, what: Variant, path: str) -> dict[int, float]:
+        """A number of result.json, `bpb.float` for one, for each seed whose run is finished and has it."""
+        found = {seed: run.result for seed in self.seeds if (run := self.finished(what, seed))}
+        for key in path.split("."):
+            found = {seed: part[key] for seed, part in found.items() if part.get(key) is not None}
+        return found
+
+
+def spread(values: Mapping[int, float], form: str = ".4f") -> str:
+    """Mean ± sample deviation; the deviation only where there are two values."""
+    numbers = list(values.values())
+    deviation = f" ± {stdev(numbers):{form.replace('+', '')}}" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):{form}}{deviation}" if numbers else "–"
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
+    """a - b on the seeds that both have."""
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def on_seeds(differences: Mapping[int, float], sign: float) -> str:
+    """On how many seeds a difference has a sign."""
+    return f"{sum(d * sign > 0 for d in differences.values())} of {len(differences)}"
+
+
+def markdown(*rows: Sequence[str]) -> list[str]:
+    """A Markdown table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = (rows[0], ["-" * width for width in widths], *rows[1:])
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+
+
+def ablations_table(bench: Bench) -> list[str]:
+    """What each technique is worth: the difference on the same seed when it is removed, largest first."""
+    full, rows = bench.values(ABLATION["full"], "bpb.float"), []
+    for label, (title, _) in list(ABLATIONS.items())[1:]:
+        effect = paired(bpb := bench.values(ABLATION[label], "bpb.float"), full)
+        mean = fmean(effect.values()) if effect else 0.0
+        rows.append((mean, (title, spread(bpb), spread(effect, "+.4f"), on_seeds(effect, mean))))
+    rows.sort(key=lambda row: -row[0])
+    return markdown(("removed", "float bpb", "effect of removing it", "seeds with that sign"),
+                    ("nothing", spread(full), "–", "–"), *(row for _, row in rows))
+
+
+def qat_table(bench: Bench) -> list[str]:
+    """What QAT costs and saves, against the run's own float score and against the run without QAT."""
+    base, notes = bench.values(NONE, "bpb.float"), [""]
+    rows = [("QAT", "bits", "float bpb", "rounded bpb", "GPTQ bpb", "rounded - own float",
+             "rounded - float without QAT", "grid distance: before, raw, averaged")]
+    for title, trained, bits in QAT:
+        own = bench.values(trained, "bpb.float")
+        scores, without = ([bench.values(rounded(what, quantizer, bits, bits), "bpb.roundtrip")
+                            for quantizer in ("rtn", "gptq")] for what in (trained, NONE))
+        distances = [spread(bench.values(trained, f"proofs.qat.distance_{at}"), ".3f").split(" ")[0]
+                     for at in ("before", "raw", "averaged")]
+        costs = [spread(paired(scores[0], floats), "+.4f") for floats in (own, base)]
+        rows.append((title, f"int{bits}", spread(own), *map(spread, scores), *costs,
+                     "–" if trained is NONE else ", ".join(distances)))
+        if trained is not NONE:
+            gains = zip(("rounded", "GPTQ"), map(paired, scores, without))
+            texts = (f"{kind} {spread(gain, '+.4f')} bpb, lower on {on_seeds(gain, -1)} seeds"
+                     for kind, gain in gains)
+            notes.append(f"- {title} against no QAT, both int{bits}: {'; '.join(texts)}")
+    return markdown(*rows) + notes
+
+
+def quantizers_table(bench: Bench) -> list[str]:
+    """Three ways to round the same trained models, at three sizes."""
+    head = ("attention / MLP", "quantiser", "bpb after loading", "cost against float", "model bytes")
+    base, rows = bench.values(NONE, "bpb.float"), []
+    for titles, what in QUANTIZERS.items():
+        bpb, size = bench.values(what, "bpb.roundtrip"), bench.values(what, "artifact.model_bytes")
+        rows.append((*titles, spread(bpb), spread(paired(bpb, base), "+.4f"), spread(size, ",.0f")))
+    return markdown(head, *rows)
+
+
+def ttt_table(bench: Bench) -> list[str]:
+    """The same artifacts scored without and with test-time training."""
+    base = bench.values(PLAIN, "bpb.sliding")
+    rows = [("none, sliding windows", spread(base), "–", "–")]
+    for label, (title, _) in RECIPES.items():
+        gain = paired(bpb := bench.values(TTT[label], "bpb.ttt"), base)
+        rows.append((title, spread(bpb), spread(gain, "+.4f"), on_seeds(gain, -1)))
+    return markdown(("test-time training", "bpb", "effect", "seeds where it is lower"), *rows)
+
+
+STUDIES = {  # name: variants, and the table over their finished runs
+    "ablations": (list(ABLATION.values()), ablations_table),
+    "qat": ([rounded(what, q, bits, bits) for _, what, bits in QAT for q in ("rtn", "gptq")], qat_table),
+    "quantizers": (list(QUANTIZERS.values()), quantizers_table),
+    "ttt": (list(TTT.values()), ttt_table),
+}
+
+
+def report(bench: Bench, name: str) -> tuple[str, int]:
+    """A study's table with a line on where it comes from, and how many of its runs are missing."""
+    variants, table = STUDIES[name]
+    runs = [bench.finished(what, seed) for what in with_parents(variants) for seed in bench.seeds]
+    corpora = sorted({run.result["corpus"] for run in runs if run})
+    if len(corpora) > 1:
+        raise Mistake(f"the runs in {bench.logs} are of several texts ({', '.join(corpora)}); use --corpus")
+    steps = sorted({str(run.result["steps"]) for run in runs if run and "steps" in run.result})
+    missing = f"Incomplete: {runs.count(None)} of {len(runs)} runs are missing. " if None in runs else ""
+    command = f"python records/experiments.py {name}{f' --corpus {bench.corpus}' if bench.corpus else ''}"
+    note = (f"{missing}Preset `smoke`, {''.join(corpora)}, {' or '.join(steps)} steps; mean ± sample "
+            f"deviation over seeds {', '.join(map(str, bench.seeds))}; differences by seed. `{command}`")
+    return "\n".join([*table(bench), "", note]), runs.count(None)
+
+
+def with_block(readme: str, name: str, text: str) -> str:
+    """The README with a text between the two markers of an experiment."""
+    start, end = f"<!-- experiment:{name} -->", f"<!-- end of experiment:{name} -->"
+    if readme.count(start) != 1 or readme.count(end) != 1:
+        raise Mistake(f"README.md needs one pair of {start} and {end}")
+    return readme[:readme.index(start)] + f"{start}\n{text}\n" + readme[readme.index(end):]
+
+
+def environment(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment without settings of train_gpt.py, but for KEPT; paths become absolute."""
+    tg = script()
+    fields = {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
+    if unknown := overrides.keys() - fields:
+        raise Mistake(f"--set {min(unknown)}: no such setting; see python train_gpt.py --help")
+    known = fields.union(tg.ALIASES, tg.NOT_CARRIED, tg.IGNORED_NAMES) - {*KEPT}
+    env = {name: text for name, text in os.environ.items()
+           if name not in known and not name.startswith(tg.OWN_PREFIXES)}
+    paths = {name: env.get(name) or ROOT / tg.PRESETS["smoke"][name.lower()] for name in KEPT[:2]}
+    return env | {name: os.path.abspath(path) for name, path in paths.items()}
+
+
+def check_free(folder: Path) -> None:
+    """Raise Mistake unless a folder is missing, empty, or left by a run of this program that has ended."""
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            with open(folder / CONSOLE, "rb") as console:
+                fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):
+            raise Mistake(f"{folder} holds a run that is under way, or that this program did not start; "
+                          f"wait for it, or remove it") from None
+
+
+def hand_over(parent: Run, folder: Path) -> None:
+    """What quantising reads of the training: model.pt, and result.json as training left it."""
+    try:
+        os.link(parent.folder / "model.pt", folder / "model.pt")
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(parent.folder / "model.pt", folder / "model.pt")
+    later = ("artifact", "scored_with", "scored_artifact_sha256")
+    result = {key: value for key, value in parent.result.items() if key not in later}
+    result |= {kind: {"float": result.get(kind, {}).get("float")} for kind in ("bpb", "val_loss")}
+    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+
+
+def start(bench: Bench, what: Variant, seed: int, env: Mapping[str, str]) -> subprocess.Popen:
+    """Make a run's folder anew and start the script on it."""
+    folder = bench.folder(what, seed)
+    check_free(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with open(folder / CONSOLE, "wb") as console:
+        fcntl.flock(console, fcntl.LOCK_EX)  # the run inherits it, and holds it while it lives
+        if "quantize" in what.env["STAGES"]:
+            hand_over(bench.finished(what.parent, seed), folder)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train_gpt.py")], cwd=bench.logs.parent, stdin=subprocess.DEVNULL,
+            stdout=console, stderr=subprocess.STDOUT, env={**env, **bench.settings(what, seed)})
+
+
+def execute(bench: Bench, tasks: Sequence[tuple[Variant, int]], env: Mapping[str, str], jobs: int) -> None:
+    """Run the tasks, several at a time, with a line for each start and end; Mistake where one fails."""
+    waiting, running, began = list(tasks), [], time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            pending = {bench.folder(*task) for task in (*waiting, *(task for task, _ in running))}
+            ready = [(what, seed) for what, seed in waiting
+                     if not what.parent or bench.folder(what.parent, seed) not in pending]
+            for task in ready[:jobs - len(running)]:
+                print(f"start run:{bench.folder(*task).name}", flush=True)
+                running.append((task, start(bench, *task, env)))
+                waiting.remove(task)
+            time.sleep(0.2)
+            for task, process in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove((task, process))
+                folder, run = bench.folder(*task), bench.finished(*task)
+                if process.returncode or run is None:
+                    said = (folder / CONSOLE).read_text(encoding="utf-8", errors="replace").splitlines()
+                    raise Mistake(f"{folder} ended with status {process.returncode}: {' '.join(said[-1:])}")
+                done, seconds = len(tasks) - len(waiting) - len(running), time.monotonic() - began
+                scores = " ".join(f"{name}_bpb:{bpb:.4f}" for name, bpb in run.bpb.items())
+                print(f"done run:{folder.name} {scores} runs:{done}/{len(tasks)} time:{seconds / 60:.1f}min "
+                      f"left:{seconds / done * (len(tasks) - done) / 60:.1f}min", flush=True)
+    except KeyboardInterrupt:
+        raise Mistake("stopped; the same command continues with what is missing") from None
+    finally:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            process.wait()
+
+
+def program() -> None:
+    """Run what is missing, print the tables."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("study", choices=[*STUDIES, "all"])
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser.add_argument("--seeds", default="1337,42,7", help="%(default)s")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="where the run folders lie")
+    parser.add_argument("--corpus", default="", metavar="NAME", help="prefix of folders and markers")
+    parser.add_argument("--only", metavar="A,B", help="these variants alone, and their parents")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for every run")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    parser.add_argument("--table", action="store_true", help="run nothing, only print the table")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    arguments = parser.parse_args()
+    logs = arguments.logs.resolve()
+    try:
+        seeds = tuple(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+        bench = Bench(logs, seeds, arguments.corpus, dict(text.split("=", 1) for text in arguments.set))
+        script().Hyperparameters.from_env({"PRESET": "smoke", **bench.overrides})
+    except ValueError as error:
+        raise Mistake(f"--seeds takes 1337,42,7 and --set takes NAME=VALUE: {error}") from None
+    if arguments.jobs < 1 or logs.name != "logs":
+        raise Mistake("--jobs must be at least 1, and --logs a folder named logs: train_gpt.py writes there")
+    names = list(STUDIES) if arguments.study == "all" else [arguments.study]
+    variants = with_parents(what for name in names for what in STUDIES[name][0])
+    if arguments.only:
+        labels, chosen = [what.label for what in variants], arguments.only.split(",")
+        if unknown := {*chosen}.difference(labels):
+            raise Mistake(f"--only {min(unknown)} is none of {', '.join(labels)}")
+        variants = with_parents(what for what in variants if what.label in chosen)
+    tasks = [(what, seed) for seed in bench.seeds for what in variants if not bench.finished(what, seed)]
+    if arguments.dry_run:
+        for task in tasks:
+            print(" ".join(f"{name}={text}" for name, text in bench.settings(*task).items()))
+        return
+    if tasks and not arguments.table:
+        for task in tasks:
+            check_free(bench.folder(*task))
+        logs.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(os.cpu_count() // arguments.jobs, 1))}
+        execute(bench, tasks, environment(bench.overrides) | threads, arguments.jobs)
+    for name in names:
+        text, missing = report(bench, name)
+        print(f"\n{name}\n\n{text}")
+        if arguments.readme:
+            if missing:
+                raise Mistake(f"{missing} runs of {name} are missing; README.md takes whole tables only")
+            readme, block = ROOT / "README.md", f"{arguments.corpus}{'-' * bool(arguments.corpus)}{name}"
+            write_atomically(readme, with_block(readme.read_text(encoding="utf-8"), block, text).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(program))

@@ -1,0 +1,191 @@
+"""The ways to lay out and compress a model's codes, measured, as a Markdown table.
+
+    python records/layouts.py logs/RUN
+    python records/layouts.py --gaussian
+
+Each row differs from the first in one thing. Bytes are those of the zstd frames of the codes, of the block
+matrices and of the embedding tables, with their ratio to the order-0 entropy of each role and width. Bold is
+what train_gpt.py does: those very frames stand in the file that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from runs import Mistake, exit_status, script
+from tqdm import tqdm
+
+GAUSSIAN_STEPS = 2.85  # standard deviation of a pr606 model's codes when the file just fits
+
+
+def offset(codes: np.ndarray, max_code: int) -> np.ndarray:
+    """0 to 2 max_code, in the order of the codes."""
+    return (codes + np.int16(max_code)).astype(np.uint8)
+
+
+def zigzag(codes: np.ndarray, _max_code: int) -> np.ndarray:
+    """0, -1, 1, -2, 2, ... as 0, 1, 2, 3, 4, ..."""
+    wide = codes.astype(np.int16)
+    return np.where(wide < 0, -2 * wide - 1, 2 * wide).astype(np.uint8)
+
+
+def signed(codes: np.ndarray, _max_code: int) -> np.ndarray:
+    """Two's complement bytes."""
+    return codes.view(np.uint8)
+
+
+def bits(codes: np.ndarray, max_code: int) -> np.ndarray:
+    """The bits of the offset codes without gaps, as many for each as max_code needs."""
+    width = (2 * max_code).bit_length()
+    return np.packbits(np.unpackbits(offset(codes, max_code).reshape(-1, 1), axis=1)[:, -width:])
+
+
+def by_role_and_width(name: str, max_code: int) -> str:
+    """The frame of a tensor: one for each role and number of bits."""
+    return f"{script().role_of(name)}.{max_code}"
+
+
+def literals(strategy: int = zstandard.STRATEGY_FAST, **options: int) -> Callable[[bytes], bytes]:
+    """zstd's search for matches turned down as far as it goes, or as far as `options` say."""
+    options = dict(min_match=7, target_length=0, hash_log=6, window_log=17) | options
+
+    def compress(data: bytes) -> bytes:
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            1, source_size=len(data), strategy=strategy, **options)
+        return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+    return compress
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way; the defaults are the table's first row."""
+
+    name: str
+    values: Callable[[np.ndarray, int], np.ndarray] = offset
+    columns_first: bool = False
+    frame: Callable[[str, int], str] = by_role_and_width
+    compress: Callable[[bytes], bytes] = field(default_factory=literals)
+
+    def frames(self, tensors: Mapping) -> list[bytes]:
+        """The compressed frames of all codes."""
+        plain: dict[str, list[bytes]] = {}
+        for name, tensor in sorted(tensors.items()):
+            codes = tensor.codes.numpy()
+            ordered = np.ascontiguousarray(codes.swapaxes(-2, -1) if self.columns_first else codes)
+            values = self.values(ordered, tensor.max_code)
+            plain.setdefault(self.frame(name, tensor.max_code), []).append(values.tobytes())
+        return [self.compress(b"".join(parts)) for _, parts in sorted(plain.items())]
+
+
+def layouts() -> Iterator[Layout]:
+    """The script's way, then every other."""
+    base = Layout("rows first, offset codes, a frame per role and width, literals only")
+    yield base
+    yield replace(base, name="columns first", columns_first=True)
+    yield replace(base, name="zigzag codes", values=zigzag)
+    yield replace(base, name="two's complement codes", values=signed)
+    yield replace(base, name="bits packed first", values=bits)
+    yield replace(base, name="one frame", frame=lambda name, max_code: "")
+    yield replace(base, name="a frame per width", frame=lambda name, max_code: str(max_code))
+    yield replace(base, name="a frame per tensor", frame=lambda name, max_code: name)
+    for level in (1, 3, 9, 15, 19, 22):
+        plain = partial(script().compress, level=level, literals=False)
+        yield replace(base, name=f"level {level}", compress=plain)
+    for min_match in (3, 4, 5, 6):
+        yield replace(base, name=f"literals, min_match {min_match}", compress=literals(min_match=min_match))
+    for log in (10, 14, 20, 24):
+        yield replace(base, name=f"literals, window_log {log}", compress=literals(window_log=log))
+    yield replace(base, name="literals, hash_log 17", compress=literals(hash_log=17))
+    yield replace(base, name="literals, target_length 64", compress=literals(target_length=64))
+    for name in ("DFAST", "GREEDY", "LAZY2", "BTOPT", "BTULTRA2"):
+        strategy = getattr(zstandard, f"STRATEGY_{name}")
+        yield replace(base, name=f"literals, strategy {name.lower()}", compress=literals(strategy))
+
+
+def gaussian_codes() -> dict:
+    """The matrices of pr606, their codes Gaussian."""
+    import torch
+
+    tg = script()
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in tg.GPT(hp).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    codes = {}
+    for name, max_code in tg.matrix_max_codes(hp, shapes).items():
+        drawn = torch.randn(shapes[name], generator=generator).mul_(GAUSSIAN_STEPS).round_()
+        scales = torch.ones(shapes[name][0])
+        codes[name] = tg.QuantizedTensor(drawn.clamp_(-max_code, max_code).to(torch.int8), scales, max_code)
+    return codes
+
+
+def artifact_codes(path: Path) -> dict:
+    """The quantised tensors of an artifact, or of the one in a run's folder."""
+    path = path / "artifact.bin" if path.is_dir() else path
+    if not path.is_file():
+        raise Mistake(f"{path} is missing; name the folder of a finished run, or an artifact")
+    tg = script()
+    try:
+        tensors = tg.unpack(path.read_bytes())[1]
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from None
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, tg.QuantizedTensor)}
+
+
+def entropy_bytes(tensors: Mapping) -> float:
+    """What an ideal order-0 coder of each role and width would need."""
+    tg, histograms = script(), {}
+    for name, tensor in tensors.items():
+        key = by_role_and_width(name, tensor.max_code)
+        histograms[key] = histograms.get(key, 0) + tg.code_histogram(tensor.codes, tensor.max_code)
+    return sum(map(tg.code_entropy_bits, histograms.values())) / 8
+
+
+def cell(frames: list[bytes], bound: float, blob: bytes) -> str:
+    """Bytes and their ratio to the entropy, bold where the file holds these very frames."""
+    size = sum(map(len, frames))
+    text = f"{size:,} ({size / max(bound, 1):.4f})" if frames else "-"
+    return f"**{text}**" if frames and all(frame in blob for frame in frames) else text
+
+
+def table(tensors: Mapping) -> str:
+    """Every layout in Markdown, and below it what the codes are."""
+    tg = script()
+    blob, parts = tg.pack({}, tensors), ({}, {})
+    for name, tensor in tensors.items():
+        parts[tg.role_of(name) == "embed"][name] = tensor
+    bounds = [entropy_bytes(part) for part in parts]
+    lines = ["| layout | matrices | tables | seconds |", "|---|---:|---:|---:|"]
+    for layout in tqdm(list(layouts()), desc="layouts", leave=False, disable=None):
+        start = time.perf_counter()
+        frames = [layout.frames(part) for part in parts]
+        seconds = time.perf_counter() - start
+        cells = [cell(some, bound, blob) for some, bound in zip(frames, bounds)]
+        lines.append(f"| {layout.name} | {' | '.join(cells)} | {seconds:.2f} |")
+    counts = [sum(tensor.codes.numel() for tensor in part.values()) for part in parts]
+    return "\n".join([*lines, "", f"{counts[0]:,} codes of matrices, entropy {bounds[0]:,.0f} bytes; "
+                                  f"{counts[1]:,} codes of tables, entropy {bounds[1]:,.0f} bytes."])
+
+
+def program() -> None:
+    """The command line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("run", type=Path, nargs="?", help="a run's folder, logs/RUN_ID, or an artifact")
+    source.add_argument("--gaussian", action="store_true", help="Gaussian codes of the size of pr606")
+    arguments = parser.parse_args()
+    print(table(gaussian_codes() if arguments.gaussian else artifact_codes(arguments.run)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(program))

@@ -1,0 +1,134 @@
+"""records/layouts.py: what it measures, that the script's own way is among it, and its table."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from conftest import ROOT
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+import layouts  # noqa: E402
+
+CODES = np.array([[0, -1, 1, -2], [2, -15, 15, 0]], np.int8)
+
+
+def some_tensors(seed=0):
+    """Matrices of two roles and a table, Gaussian."""
+    g, tensors = torch.Generator().manual_seed(seed), {}
+    for name, rows, max_code in (("blocks.0.attn.c_q.weight", 60, 31), ("blocks.0.mlp.fc.weight", 90, 15),
+                                 ("blocks.1.mlp.fc.weight", 90, 15), ("tok_emb.weight", 80, 127)):
+        codes = (torch.randn(rows, 50, generator=g) * max_code / 5).round().clamp(-max_code, max_code)
+        tensors[name] = tg.QuantizedTensor(codes.to(torch.int8), torch.ones(rows), max_code)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def table():
+    """The cells of each layout's row."""
+    lines = [line for line in layouts.table(some_tensors()).splitlines() if " | " in line]
+    return {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines[1:])}
+
+
+def size(cell):
+    return int(cell.strip("*").split(" ")[0].replace(",", ""))
+
+
+def test_values_are_what_their_names_say():
+    assert layouts.offset(CODES, 15).tolist() == [[15, 14, 16, 13], [17, 0, 30, 15]]
+    assert layouts.zigzag(CODES, 15).tolist() == [[0, 1, 2, 3], [4, 29, 30, 0]]
+    assert layouts.signed(CODES, 15).tolist() == [[0, 255, 1, 254], [2, 241, 15, 0]]
+    written = "".join(f"{value:05b}" for value in (15, 14, 16, 13, 17, 0, 30, 15))
+    assert "".join(f"{byte:08b}" for byte in layouts.bits(CODES, 15).tolist()) == written
+
+
+def test_every_layout_holds_every_code():
+    """Its frames, read back by zstd, are the codes and nothing else, in some order."""
+    tensors = some_tensors()
+    count = sum(t.codes.numel() for t in tensors.values())
+    for layout in layouts.layouts():
+        plain = b"".join(zstandard.decompress(frame) for frame in layout.frames(tensors))
+        if layout.values is layouts.bits:
+            assert 8 * len(plain) >= 6 * 3000 + 5 * 9000 + 8 * 4000 > 8 * len(plain) - 24
+        else:
+            assert len(plain) == count
+            expected = [layout.values(t.codes.numpy(), t.max_code).ravel() for t in tensors.values()]
+            assert sorted(plain) == sorted(np.concatenate(expected).tolist())
+
+
+def test_columns_first_and_the_number_of_frames():
+    tensors, base = some_tensors(), next(layouts.layouts())
+    ways = {layout.name: layout for layout in layouts.layouts()}
+    counts = {name: len(ways[name].frames(tensors)) for name in
+              (base.name, "one frame", "a frame per width", "a frame per tensor")}
+    assert list(counts.values()) == [3, 1, 3, 4]
+    first = zstandard.decompress(ways["columns first"].frames(tensors)[0])
+    assert first == (tensors["blocks.0.attn.c_q.weight"].codes.mT + 31).contiguous().numpy().tobytes()
+
+
+def test_bold_is_what_the_file_holds(table):
+    """At least one layout of each part is the script's, and costs what its file says."""
+    tensors = some_tensors()
+    report = tg.byte_report(tg.pack({}, tensors), tensors)
+    for column, sections in ((0, ("attn.31", "mlp.15")), (1, ("embed.127",))):
+        bold = [cells[column] for cells in table.values() if cells[column].startswith("**")]
+        assert bold and {size(cell) for cell in bold} == {sum(report[key]["bytes"] for key in sections)}
+    base = next(layouts.layouts()).name
+    assert table[base][0].startswith("**")
+    for name in ("columns first", "zigzag codes", "bits packed first", "a frame per tensor"):
+        assert not table[name][0].startswith("**")
+
+
+def test_the_ratio_is_to_the_entropy_of_each_role_and_width(table):
+    bounds = []
+    for max_codes in ((15, 31), (127,)):
+        bounds.append(0.0)
+        for max_code in max_codes:
+            codes = torch.cat([t.codes.flatten() for t in some_tensors().values() if t.max_code == max_code])
+            share = torch.unique(codes, return_counts=True)[1].double() / codes.numel()
+            bounds[-1] -= float((share * share.log2()).sum()) * codes.numel() / 8
+    for cells in table.values():
+        for cell, bound in zip(cells, bounds):
+            ratio = float(cell.strip("*").split("(")[1].rstrip(")"))
+            assert ratio == pytest.approx(size(cell) / bound, abs=1e-4)
+    assert size(table["bits packed first"][0]) > 1.02 * size(table[next(layouts.layouts()).name][0])
+
+
+def test_gaussian_codes_are_a_pr606_models(monkeypatch):
+    """Names, shapes and spread, on two layers in place of eleven."""
+    preset = dict(tg.PRESETS["pr606"], num_layers=2, ve_layers=(0, 1), xsa_last_n=2)
+    monkeypatch.setitem(tg.PRESETS, "pr606", preset)
+    codes = layouts.gaussian_codes()
+    assert len(codes) == 12 and sum(q.codes.numel() for q in codes.values()) * 11 == 31_719_424 * 2
+    for q in codes.values():
+        assert q.max_code == 15 and float(q.codes.float().std()) == pytest.approx(2.86, abs=0.02)
+
+
+def test_the_command_line(tmp_path):
+    (tmp_path / "artifact.bin").write_bytes(tg.pack({}, some_tensors() | {"gain": torch.ones(3)}))
+    command = [sys.executable, str(ROOT / "records/layouts.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| layout | matrices |") and "12,000 codes of matrices" in done.stdout
+
+
+def test_mistakes_and_help(tmp_path, capsys, monkeypatch):
+    said_to = {"--help": "layouts.py logs/RUN", "": "required", "a --gaussian": "not allowed"}
+    for arguments, said in ((key.split(), said) for key, said in said_to.items()):
+        monkeypatch.setattr(sys, "argv", ["layouts.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            layouts.program()
+        assert (stop.value.code == 0) == (arguments == ["--help"])
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+    monkeypatch.setattr(sys, "argv", ["layouts.py", str(tmp_path)])
+    for said in ("artifact.bin is missing", "not an artifact"):
+        assert layouts.exit_status(layouts.program) == 1
+        printed = capsys.readouterr()
+        (line,) = printed.err.splitlines()
+        assert line.startswith("error: ") and said in line and printed.out == ""
+        (tmp_path / "artifact.bin").write_bytes(b"damaged")
