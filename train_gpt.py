@@ -1899,22 +1899,24 @@ class Reports:
             self.stopping |= stop > 0
             seconds = self.watch.elapsed
             self.log.metric("train", step=step + 1, loss=self.loss, lr_scale=scale, seconds=round(seconds, 3))
-            line = self.line(step + 1, scale, seconds)
             if (step + 1) % self.hp.train_log_every == 0 or step < 5 or step + 1 == self.hp.iterations:
-                self.log(line)
+                self.log(self.line(step + 1, scale, seconds))
             else:
-                self.log.status(line)
+                self.log.status(self.line(step + 1, scale, seconds, brief=True))
 
     def last_checkpoint(self) -> str:
         """Where a run that ends here can be taken up again."""
         return f"; the last checkpoint is of step {self.saved}" if self.saved else "; there is no checkpoint"
 
-    def line(self, step: int, scale: float, seconds: float) -> str:
-        """The log line of a finished step."""
+    def line(self, step: int, scale: float, seconds: float, brief: bool = False) -> str:
+        """The log line of a finished step; a brief one fits a terminal of 80 columns."""
         hp, pace = self.hp, (seconds - self.first_second) / (step - self.first_step)
         left = (hp.iterations - step) * pace
         if hp.max_wallclock_seconds:
             left = min(left, max(hp.max_wallclock_seconds - self.reserve - seconds, 0.0))
+        if brief:
+            return (f"step:{step}/{hp.iterations} loss:{self.loss:.4f} bpb:{self.loss * self.bpb_per_nat:.4f} "
+                    f"{1000 * pace:.1f}ms tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")
         return (f"step:{step}/{hp.iterations} train_loss:{self.loss:.4f} train_bpb:{self.loss * self.bpb_per_nat:.4f} "
                 f"lr_scale:{scale:.4f} time:{seconds:.1f}s step_avg:{1000 * pace:.1f}ms "
                 f"tokens/s:{hp.train_batch_tokens / pace:.0f} left:{left:.0f}s")

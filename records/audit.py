@@ -18,9 +18,7 @@ made is neither a failure nor a pass.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -29,9 +27,10 @@ import random
 import secrets
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,17 +71,21 @@ def verdict(name: str, faults: list[str], evidence: str) -> Check:
 # ----------------------------------------------------------------------------------------------------------
 # The scoring path
 #
-# Every pass starts from the artifact's bytes and runs the script's own scorer. Two things are put into it: a
-# ledger in the place of the tensor that receives losses, and a hook around the training on a chunk.
+# Every pass starts from the artifact's bytes and runs the script's own scorer. Two things are put into it: the
+# Pass itself in the place of the tensor that receives losses, and a hook around the training on a chunk.
 
-class Ledger:
-    """Receives losses as the scorer hands them over: how often each position came, and whether in order."""
+class Pass:
+    """One run of the scorer: receives losses as `nll` does, and remembers what was trained on, and when."""
 
-    def __init__(self, positions: int):
-        self.losses = torch.full((positions,), math.nan)
+    def __init__(self, model: tg.GPT, positions: int):
+        self.model = model
+        self.losses = torch.full((positions,), math.nan)  # nats
         self.counts = torch.zeros(positions, dtype=torch.int32)
         self.reached = 0  # every position before this one is scored, in order
         self.disorder = 0
+        self.trained: list[tuple[int, int, int]] = []  # chunk, its end, positions scored then
+        self.score: tg.Score | None = None  # none where the pass was stopped, or the scorer refused its result
+        self.refusal = ""
 
     def __setitem__(self, where: Tensor, losses: Tensor) -> None:
         where = where.flatten()
@@ -104,42 +107,14 @@ class Ledger:
             (self.disorder, f"{self.disorder} batches came out of order")) if number]
 
 
-@dataclass
-class Pass:
-    """One run of the scorer."""
-
-    model: tg.GPT
-    ledger: Ledger
-    score: tg.Score | None = None  # none where the pass was stopped, or the scorer refused its own result
-    refusal: str = ""
-    trained: list[tuple[int, int, int]] = field(default_factory=list)  # chunk, its end, positions scored then
-
-    @property
-    def losses(self) -> Tensor:
-        """Nats per position, (positions,) float32."""
-        return self.ledger.losses
-
-
 class Enough(Exception):
     """The scores that a pass was made for are there."""
 
 
-@contextlib.contextmanager
-def around_training(train: Callable) -> Iterator[None]:
-    """Call train(genuine, tokens, first, end, chunk, chunks) where the scorer trains on a chunk."""
-    genuine = tg.ChunkTrainer.train
-    tg.ChunkTrainer.train = lambda trainer, *arguments: train(functools.partial(genuine, trainer), *arguments)
-    try:
-        yield
-    finally:
-        tg.ChunkTrainer.train = genuine
-
-
 class Narrator:
-    """Stands in for the run's log: the lines that tell the time left go to stderr."""
+    """Stands in for the run's log: what comes next, and the lines that tell the time left, go to stderr."""
 
-    def __init__(self):
-        self.stage = ""
+    stage = ""
 
     def begin(self, stage: str) -> None:
         """Say what comes next."""
@@ -186,46 +161,40 @@ class ScoringPath:
         noise_from  training sees random tokens beyond what is scored, and from this chunk on everywhere
         stop_after  scores after this chunk and the next are not needed
         """
-        done = Pass(self.load(), Ledger(len(tokens) - 1))
+        done, genuine = Pass(self.load(), len(tokens) - 1), tg.ChunkTrainer.train
         noise = torch.randint_like(tokens, self.hp.vocab_size)
 
-        def train(genuine: Callable, text: Tensor, first: int, end: int, chunk: int, _: int) -> None:
-            reached = done.ledger.reached
-            done.trained.append((chunk, end, reached))
+        def train(trainer: tg.ChunkTrainer, text: Tensor, first: int, end: int, chunk: int, _: int) -> None:
+            seen = done.reached + 1
+            done.trained.append((chunk, end, done.reached))
             if stop_after is not None and chunk > stop_after:
                 raise Enough
             if noise_from is not None:
-                text = torch.cat((text[: reached + 1], noise[reached + 1:])) if chunk < noise_from else noise
+                text = torch.cat((text[:seen], noise[seen:])) if chunk < noise_from else noise
             if self.untrained_from is None or chunk < self.untrained_from:
-                genuine(text, first, end, chunk, self.chunks)
+                genuine(trainer, text, first, end, chunk, self.chunks)
 
         try:
-            with around_training(train):
-                done.score = self._scorer()(done.model, tokens, byte_counts, nll=done.ledger)
+            with mock.patch.object(tg.ChunkTrainer, "train", train):
+                done.score = self._run(done, tokens, byte_counts)
         except Enough:
             pass
         except RuntimeError as error:
-            if not done.ledger.faults():
+            if not done.faults():
                 raise
             done.refusal = str(error)
         return done
 
-    def _scorer(self) -> Callable:
+    def _run(self, done: Pass, tokens: Tensor, byte_counts: Tensor) -> tg.Score:
         """The call that the run's last score came from."""
-        hp, world = self.hp, self.world
-
-        def with_training(model: tg.GPT, tokens: Tensor, byte_counts: Tensor, nll: Ledger) -> tg.Score:
-            return tg.evaluate_ttt(model, tokens, byte_counts, hp, world, self.log, score_fn=self.score_fn,
-                                   nll=nll)[0]
-
-        def plain(model: tg.GPT, tokens: Tensor, byte_counts: Tensor, nll: Ledger) -> tg.Score:
-            stride = hp.eval_seq_len if hp.skip_sliding else hp.eval_stride
-            windows = tg.sliding_windows(len(tokens) - 1, hp.eval_seq_len, stride)
-            return tg.evaluate(model, tokens, byte_counts, windows, world, self.batch_tokens,
-                               score_fn=self.score_fn, nll=nll,
-                               progress=tg.Progress(self.log, self.name, len(tokens) - 1))
-
-        return with_training if hp.ttt_enabled else plain
+        hp, world, positions = self.hp, self.world, len(tokens) - 1
+        if hp.ttt_enabled:
+            return tg.evaluate_ttt(done.model, tokens, byte_counts, hp, world, self.log, score_fn=self.score_fn,
+                                   nll=done)[0]
+        stride = hp.eval_seq_len if hp.skip_sliding else hp.eval_stride
+        windows = tg.sliding_windows(positions, hp.eval_seq_len, stride)
+        return tg.evaluate(done.model, tokens, byte_counts, windows, world, self.batch_tokens,
+                           score_fn=self.score_fn, nll=done, progress=tg.Progress(self.log, self.name, positions))
 
     def rows(self, model: tg.GPT, rows: Tensor, scored: int) -> Tensor:
         """Losses of the last `scored` positions of each row by itself; rows (N, T + 1) -> (N, scored)."""
@@ -335,7 +304,7 @@ def check_causal(case: Case) -> Check:
         other = path.score(changed, case.byte_counts, stop_after=t // path.hp.ttt_chunk_tokens)
         if wrong := path.differing(base[: t - 1], other.losses[: t - 1]):
             faults.append(f"tokens from {t} on change {wrong} losses of tokens before {t}")
-        later = slice(t - 1, other.ledger.reached)
+        later = slice(t - 1, other.reached)
         if not path.differing(base[later], other.losses[later]):
             faults.append(f"tokens from {t} on change nothing at all: the path does not read them")
     if not faults and (reason := case.too_short()):
@@ -396,7 +365,7 @@ def check_score_before_update(case: Case) -> Check:
         border = (chunk + 1) * path.hp.ttt_chunk_tokens
         if wrong := path.differing(base.losses[:border], other.losses[:border]):
             faults.append(f"training from chunk {chunk} on changes {wrong} losses of chunks up to {chunk}")
-        later = slice(border, other.ledger.reached)
+        later = slice(border, other.reached)
         effects += path.differing(base.losses[later], other.losses[later]) > 0
     if not faults and not effects:
         return Check(name, NOT_CHECKED, "noise in the place of the training text changes no later loss: the "
@@ -410,7 +379,7 @@ def check_score_before_update(case: Case) -> Check:
 def check_positions(case: Case, shards: np.ndarray, whole: Tensor) -> Check:
     """Every position once, in order; the split and the sums recounted."""
     base, n, seq_len = case.base, case.positions, case.path.hp.eval_seq_len
-    faults = base.ledger.faults() + ([f"the scorer stopped: {base.refusal}"] if base.refusal else [])
+    faults = base.faults() + ([f"the scorer stopped: {base.refusal}"] if base.refusal else [])
     expected = (len(shards) - 1) // seq_len * seq_len
     if len(whole) != expected + 1 or not np.array_equal(whole.cpu().numpy(), shards[: expected + 1]):
         faults.append(f"the scored tokens are not the first {expected + 1} of the validation shards")

@@ -8,12 +8,11 @@
 
 The rule for a record: at least 0.005 nats per token better than the last one, at p < 0.01. Two one-sided
 p-values of Welch's t-test are printed: that A is better at all, and that it is better by 0.005 nats, which is
-what the rule asks.
+what the rule asks. Where A and B have the same seeds, so the same data in the same order, their differences
+seed by seed tell more; they are tested too.
 """
-
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -21,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import runs as shared
 from runs import SCORES, Mistake, Run, differing_settings, need, open_runs, show
@@ -40,23 +40,19 @@ class Sample:
     @staticmethod
     def of(values: Sequence[float]) -> Sample:
         """The sample of some scores."""
-        return Sample(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-        )
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return Sample(statistics.fmean(values), deviation, len(values))
 
     def times(self, factor: float) -> Sample:
         """The same sample in another unit."""
-        return Sample(
-            self.mean * factor, None if self.deviation is None else self.deviation * factor, self.count
-        )
+        return Sample(self.mean * factor, self.deviation and self.deviation * factor, self.count)
 
     def __str__(self) -> str:
         spread = "" if self.deviation is None else f" ± {self.deviation:.5f}"
         return f"{self.mean:.5f}{spread} (n={self.count})"
 
 
-@dataclass(frozen=True)
-class Test:
+class Test(NamedTuple):
     """A one-sided t-test of whether A is lower than B by more than a margin."""
 
     name: str
@@ -112,18 +108,13 @@ class Reference:
         records = {record["name"]: record for record in published()}
         if len(words) == 1 and words[0] in records:
             record = records[words[0]]
-            return Reference(
-                f"#{record['pr']}",
-                bpb=record_sample(record),
-                note=f"{record['about']} (from {record['source']})",
-            )
+            note = f"{record['about']} (from {record['source']})"
+            return Reference(f"#{record['pr']}", bpb=record_sample(record), note=note)
         if len(words) == 1 and words[0].count(",") == 2 and not Path(words[0]).exists():
             return Reference("the given numbers", bpb=parse_numbers(words[0]))
         if missing := [word for word in words if not Path(word).is_dir()]:
-            raise Mistake(
-                f"{missing[0]} is neither a run's folder, nor mean,deviation,count, nor one of "
-                f"{', '.join(records)}"
-            )
+            known = f"nor mean,deviation,count, nor one of {', '.join(records)}"
+            raise Mistake(f"{missing[0]} is neither a run's folder, {known}")
         return Reference("B", runs=tuple(open_runs(words)))
 
 
@@ -134,12 +125,7 @@ def parse_numbers(text: str) -> Sample:
         sample = Sample(float(mean), float(deviation), int(count))
     except ValueError:
         raise Mistake(f"{text} is not mean,deviation,count as in 1.1162,0.0006,3") from None
-    if (
-        sample.mean <= 0
-        or not math.isfinite(sample.mean)
-        or not 0 <= sample.deviation < math.inf
-        or sample.count < 1
-    ):
+    if not (0 < sample.mean < math.inf and 0 <= sample.deviation < math.inf and sample.count > 0):
         raise Mistake(f"{text}: the mean must be above 0, the deviation at least 0 and the count at least 1")
     return sample if sample.count > 1 else Sample(sample.mean, None, 1)
 
@@ -162,21 +148,17 @@ def final_score(runs: Sequence[Run], wanted: str | None = None) -> str:
 
 def score_table(title: str, runs: Sequence[Run]) -> list[str]:
     """Every run's scores in bits per byte, then mean and deviation of each, in bits per byte and in nats."""
-    names = common_scores(runs)
-    width = max(24, *(len(run.name) for run in runs))
-    lines = [
-        "",
-        f"{title}: {len(runs)} run{'s' * (len(runs) > 1)}, preset {runs[0].result['preset']}, "
-        f"corpus {runs[0].result['corpus']}",
-        f"  {'bits per byte':<{width}}" + "".join(f"{n:>11}" for n in names),
-    ]
+    names, width = common_scores(runs), max(24, *(len(run.name) for run in runs))
     row = lambda label, cells: f"  {label:<{width}}" + "".join(f"{cell:>11}" for cell in cells)
+    first, count = runs[0].result, f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    about = f"{title}: {count}, preset {first['preset']}, corpus {first['corpus']}"
+    lines = ["", about, row("bits per byte", names)]
     lines += [row(run.name, [f"{run.bpb[name]:.5f}" for name in names]) for run in runs]
     for unit, scores in (("bpb", [run.bpb for run in runs]), ("nats", [run.nats for run in runs])):
         samples = [Sample.of([score[name] for score in scores]) for name in names]
-        lines.append(row(f"mean, {unit}", [f"{s.mean:.5f}" for s in samples]))
+        lines.append(row(f"mean, {unit}", [f"{sample.mean:.5f}" for sample in samples]))
         if len(runs) > 1:
-            lines.append(row(f"deviation, {unit}", [f"{s.deviation:.5f}" for s in samples]))
+            lines.append(row(f"deviation, {unit}", [f"{sample.deviation:.5f}" for sample in samples]))
     return lines
 
 
@@ -187,22 +169,17 @@ def verdict(a: Sample, b: Sample, a_nats: Sample, b_nats: Sample, nats_of: float
     """
     gain = b_nats.mean - a_nats.mean
     lines, strict = [f"  A - B      {a.mean - b.mean:+.5f} bpb   {-gain:+.5f} nats"], None
-    for unit, mine, theirs, margin in (
-        ("bpb", a, b, RECORD_NATS / nats_of),
-        ("nats", a_nats, b_nats, RECORD_NATS),
-    ):
+    units = (("bpb", a, b, RECORD_NATS / nats_of), ("nats", a_nats, b_nats, RECORD_NATS))
+    for unit, mine, theirs, margin in units:
         test, strict = one_sided(mine, theirs), one_sided(mine, theirs, margin)
         if test is None:
             return lines + ["  no test: A needs at least two runs that differ"]
         lines.append(
             f"  {unit:<10} {test.name} = {test.t:.3f}, {test.freedom:.2f} degrees of freedom, one-sided "
-            f"p = {test.p:.3g} (better at all), p = {strict.p:.3g} (by {margin:.5f} {unit})"
-        )
+            f"p = {test.p:.3g} (better at all), p = {strict.p:.3g} (by {margin:.5f} {unit})")
     answer, than = "yes" if strict.p < RECORD_P else "no", "better" if gain >= 0 else "worse"
-    lines.append(
-        f"  a record?  {answer}: {than} by {abs(gain):.5f} nats; better by {RECORD_NATS} at "
-        f"p = {strict.p:.3g}, where the rule asks for p < {RECORD_P}"
-    )
+    rule = f"better by {RECORD_NATS} at p = {strict.p:.3g}, where the rule asks for p < {RECORD_P}"
+    lines.append(f"  a record?  {answer}: {than} by {abs(gain):.5f} nats; {rule}")
     return lines
 
 
@@ -220,8 +197,19 @@ def judge(a: Sequence[Run], reference: Reference, wanted: str | None) -> list[st
         bpb = [Sample.of([run.bpb[name] for run in group]) for group in groups]
         nats = [Sample.of([run.nats[name] for run in group]) for group in groups]
         lines += ["", f"A {name}: {bpb[0]} bpb against B: {bpb[1]} bpb{'  <- the score' * (name == last)}"]
-        lines += verdict(*bpb, *nats, nats_per_bpb(both))
+        lines += verdict(*bpb, *nats, nats_per_bpb(both)) + paired(a, reference.runs, name)
     return lines
+
+
+def paired(a: Sequence[Run], b: Sequence[Run], name: str) -> list[str]:
+    """The test of A's less B's score, seed by seed; nothing where their seeds are not the same."""
+    mine, theirs = ({run.seed: run.bpb[name] for run in group} for group in (a, b))
+    if not len(a) == len(b) == len(mine) == len(theirs) or set(mine) != set(theirs):
+        return []
+    gaps = Sample.of([mine[seed] - theirs[seed] for seed in mine])
+    test = one_sided(gaps, Sample(0.0, None, 1))
+    p = f", one-sided p = {test.p:.3g} (better at all)" if test else ""
+    return [f"  by seed    A - B {gaps} bpb{p}"]
 
 
 def nats_per_bpb(runs: Sequence[Run]) -> float:
@@ -259,11 +247,9 @@ def curves(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
         for part in (0.25, 0.5, 0.75, 1.0):
             at = end * part if key == "seconds" else max(1, round(end * part))
             mine, theirs = mean_loss(a, key, at), mean_loss(b, key, at)
-            cells = [f"{mine:.4f}", f"{theirs:.4f}", f"{mine - theirs:+.4f}"]
-            label = f"{at:.1f} s" if key == "seconds" else f"step {at}"
-            lines.append(
-                f"    {label:<12}" + "".join(f"{'-' if 'nan' in cell else cell:>10}" for cell in cells)
-            )
+            numbers = f"{mine:.4f}", f"{theirs:.4f}", f"{mine - theirs:+.4f}"
+            cells = "".join(f"{'-' if 'nan' in number else number:>10}" for number in numbers)
+            lines.append(f"    {f'{at:.1f} s' if key == 'seconds' else f'step {at}':<12}{cells}")
     return lines
 
 
@@ -293,27 +279,24 @@ def warnings(a: Sequence[Run], reference: Reference) -> list[str]:
         ("corpus", "corpora differ, the scores are of different texts"),
         ("val_bytes", "validation splits differ in bytes, the scores are of different texts"),
     ):
-        values = list(dict.fromkeys(str(value) for run in both if (value := run.result.get(key)) is not None))
+        values = dict.fromkeys(str(value) for run in both if (value := run.result.get(key)) is not None)
         if len(values) > 1:
             lines.append(f"{what}: {' | '.join(v[:12] if key == 'script_sha256' else v for v in values)}")
     machines = [run.result.get("hardware", "") for run in both]
-    if odd := [machine for machine in dict.fromkeys(machines) if machine != machines[0]]:
-        words = [unlike(machines[0], odd[0]), unlike(odd[0], machines[0])]
-        lines.append(f"hardware or versions differ, equal time compares machines: {' | '.join(words)}")
+    if odd := [machine for machine in machines if machine != machines[0]]:
+        words = f"{unlike(machines[0], odd[0])} | {unlike(odd[0], machines[0])}"
+        lines.append(f"hardware or versions differ, equal time compares machines: {words}")
     if len({round(run.bytes_per_token or 0, 3) for run in both}) > 1:
         lines.append("bytes per token differ: nats per token are of different tokens, judge by bpb")
     for side, group in (("A", a), ("B", reference.runs)):
-        if len(group) > 1 and len({run.seed for run in group}) < len(group):
+        if len({run.seed for run in group}) < len(group):
             lines.append(f"{side} has a seed twice: its runs are not independent")
-        if mixed := differing_settings(group, besides=("seed",)):
-            lines.append(
-                f"{side} mixes settings ({', '.join(map(str.upper, mixed))}): its deviation is not the seed's"
-            )
-    if reference.bpb is not None and "fineweb" not in a[0].result["corpus"].lower():
-        lines.append(
-            f"{reference.name} is a score on FineWeb, A's on {a[0].result['corpus']}: they say nothing about "
-            "each other"
-        )
+        if mixed := ", ".join(map(str.upper, differing_settings(group, besides=("seed",)))):
+            lines.append(f"{side} mixes settings ({mixed}): its deviation is not the seed's")
+    corpus = a[0].result["corpus"]
+    if reference.bpb is not None and "fineweb" not in corpus.lower():
+        which = f"{reference.name} is a score on FineWeb, A's on {corpus}"
+        lines.append(f"{which}: they say nothing about each other")
     return [f"warning: {line}" for line in lines]
 
 
@@ -345,16 +328,12 @@ def record_list() -> str:
 
 def program() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="LOGS", help="folders of finished runs: A")
-    parser.add_argument(
-        "--against", nargs="+", metavar="B", help="folders, mean,deviation,count, or a record's name"
-    )
-    parser.add_argument(
-        "--score", choices=SCORES, help="judge by this score (default: the last that all have)"
-    )
+    against = "folders, mean,deviation,count, or a record's name"
+    parser.add_argument("--against", nargs="+", metavar="B", help=against)
+    score = "judge by this score (default: the last that all have)"
+    parser.add_argument("--score", choices=SCORES, help=score)
     parser.add_argument("--list", action="store_true", help="print the published records")
     arguments = parser.parse_args()
     if arguments.list:

@@ -49,7 +49,7 @@ RECIPES = {  # label: title, and what differs from the preset
               "TTT_SCHEDULE=run TTT_TEMPERATURE=0.98 TTT_BATCH_SEQS=2 TTT_CHUNK_TOKENS=512"),
     "pr601": ("#601's SGD recipe", "TTT_OPTIMIZER=sgd TTT_LR=0.002 TTT_MOMENTUM=0.9 TTT_EPOCHS=2 "
               "TTT_PARAMS=control TTT_SCHEDULE=chunk TTT_TEMPERATURE=1 TTT_BATCH_SEQS=1 "
-              "TTT_CHUNK_TOKENS=512"),
+              "TTT_CHUNK_TOKENS=8192"),
     "smoke": ("`smoke`'s recipe", ""),
 }
 

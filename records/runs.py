@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -21,17 +22,8 @@ SCORES = {
 }
 # Settings that say where and how a run is written down, not what it computes.
 BOOKKEEPING = (
-    "run_id",
-    "stages",
-    "artifact",
-    "resume",
-    "checkpoint_every",
-    "train_log_every",
-    "tensorboard",
-    "data_path",
-    "tokenizer_path",
-)
-
+    "run_id", "stages", "artifact", "resume", "checkpoint_every", "train_log_every", "tensorboard",
+    "data_path", "tokenizer_path")
 # How the names of the settings begin that only scoring reads.
 SCORING = ("eval_", "ttt_", "skip_sliding", "use_polyak", "polyak_decay", "val_batch_size")
 
@@ -54,14 +46,18 @@ def exit_status(program: Callable[[], None]) -> int:
         return 1
 
 
+def parser(about: str) -> argparse.ArgumentParser:
+    """A parser of options whose help begins with a program's own docstring."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def need(module: str) -> None:
     """Raise Mistake where a module that only these programs import is missing."""
     try:
         __import__(module)
     except ImportError:
-        raise Mistake(
-            f"{module} is missing; pip install {module}, or pip install -r requirements.txt"
-        ) from None
+        advice = f"pip install {module}, or pip install -r requirements.txt"
+        raise Mistake(f"{module} is missing; {advice}") from None
 
 
 def script():
@@ -98,9 +94,8 @@ class Run:
         if not path.is_file():
             raise Mistake(f"{folder} has no result.json; name the folder of a finished run, logs/RUN_ID")
         try:
-            result = {"changed": {}, "proofs": {}, "budget": {}} | json.loads(
-                path.read_text(encoding="utf-8")
-            )
+            found = json.loads(path.read_text(encoding="utf-8"))
+            result = {"changed": {}, "proofs": {}, "budget": {}} | found
             if missing := [key for key in ("preset", "seed", "bpb", "corpus") if key not in result]:
                 raise ValueError(f"{', '.join(missing)} is missing")
         except (ValueError, TypeError) as error:
@@ -148,14 +143,21 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """Every setting: the preset's as this checkout has it, and over it what the run changed."""
-        train_gpt = script()
-        preset = self.result["preset"]
-        if preset not in train_gpt.PRESETS:
+        """Every setting of the run; for scoring, what the scores were taken with."""
+        values = self.result.get("settings") or self.preset_settings() | self.changed
+        scored = self.result.get("scored_with", {}).get("settings", {})
+        values = values | {name: value for name, value in scored.items() if name.startswith(SCORING)}
+        values = {name: value for name, value in values.items() if name != "ignored"}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def preset_settings(self) -> dict[str, object]:
+        """The preset as this checkout has it, for a result that holds changes only."""
+        tg, preset = script(), self.result["preset"]
+        if preset not in tg.PRESETS:
             raise Mistake(f"{self.folder}: train_gpt.py has no preset {preset}")
-        defaults = {f.name: f.default for f in dataclasses.fields(train_gpt.Hyperparameters) if f.metadata}
-        values = {**defaults, **train_gpt.PRESETS[preset], "preset": preset, **self.changed}
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        fields = dataclasses.fields(tg.Hyperparameters)
+        defaults = {field.name: field.default for field in fields if field.metadata}
+        return {**defaults, **tg.PRESETS[preset], "preset": preset}
 
     @cached_property
     def lines(self) -> list[dict]:

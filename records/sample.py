@@ -6,10 +6,8 @@
 The weights come from artifact.bin alone, the tokenizer from the run's settings. Tokens are printed as they
 come; the end of a document ends the text.
 """
-
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -96,26 +94,19 @@ def stream(words, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
 
 def program() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("run", metavar="LOGS", help="the folder of a finished run")
     parser.add_argument("--prompt", default="", help="the text to continue (default: a document's start)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add, at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="share of the probability to draw from (0.95)"
-    )
+    top_p = "share of the probability to draw from (0.95)"
+    parser.add_argument("--top-p", type=float, default=0.95, help=top_p)
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     arguments = parser.parse_args()
-    if (
-        arguments.tokens < 1
-        or arguments.temperature < 0
-        or not 0 < arguments.top_p <= 1
-        or arguments.seed < 0
-    ):
+    lowest = min(arguments.tokens - 1, arguments.temperature, arguments.seed)
+    if lowest < 0 or not 0 < arguments.top_p <= 1:
         raise Mistake("--tokens must be at least 1, --temperature and --seed at least 0, --top-p in (0, 1]")
     model, hp, words, world = load(Run.open(arguments.run), arguments.tokenizer, arguments.device)
 
@@ -123,14 +114,8 @@ def program() -> None:
 
     generator = torch.Generator().manual_seed(arguments.seed)
     prompt = [script().BOS, *words.encode(arguments.prompt)]
-    tokens = generate(
-        model,
-        world,
-        prompt,
-        arguments.tokens,
-        hp.eval_seq_len,
-        lambda logits: choose(logits, arguments.temperature, arguments.top_p, generator),
-    )
+    pick = lambda logits: choose(logits, arguments.temperature, arguments.top_p, generator)
+    tokens = generate(model, world, prompt, arguments.tokens, hp.eval_seq_len, pick)
     for text in stream(words, prompt, tokens):
         print(text, end="", flush=True)
     print()

@@ -8,10 +8,8 @@ from their logs) and requirements.txt: copy it under records/ of the challenge's
 ask is checked first: one script, one configuration, three seeds, the byte cap, both clocks, and the audit of
 each artifact (audit.json beside it). With --non-record a breach only warns, and the README repeats it.
 """
-
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -22,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
+from itertools import chain
 from pathlib import Path
 
 import runs as shared
@@ -82,7 +81,8 @@ def breaches(runs: Sequence[Run]) -> Iterator[str]:
         yield f"the runs differ in more than the seed: {', '.join(map(str.upper, mixed))}"
     seeds = {run.seed for run in runs}
     if len(seeds) < max(SEEDS, len(runs)):
-        yield f"{len(runs)} runs with {len(seeds)} different seeds; a record needs {SEEDS} seeds, each once"
+        have = ", ".join(str(run.seed) for run in runs)
+        yield f"the seeds of the runs are {have}; a record needs {SEEDS} seeds or more, each once"
     if len({tuple(run.bpb) for run in runs}) > 1:
         yield "the runs were not scored in the same stages"
     if len({(run.result["corpus"], run.result.get("val_bytes")) for run in runs}) > 1:
@@ -124,9 +124,8 @@ def audit_breaches(run: Run) -> Iterator[str]:
     if audit is None:
         yield f"the artifact has not been audited; python records/audit.py {run.folder}/artifact.bin"
         return
-    wanting = [
-        f"{check['name']} ({check['status']})" for check in audit["checks"] if check["status"] != "pass"
-    ]
+    open_checks = [check for check in audit["checks"] if check["status"] != "pass"]
+    wanting = [f"{check['name']} ({check['status']})" for check in open_checks]
     if not audit["passed"] or any(check["status"] == "fail" for check in audit["checks"]):
         yield f"the audit was not passed: {', '.join(wanting) or 'it names no check'}"
 
@@ -155,25 +154,17 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 def results_table(runs: Sequence[Run]) -> str:
     """Scores, bytes and steps of each seed, and their mean."""
-    names = [name for name in SCORES if all(name in run.bpb for run in runs)]
-    final = final_score(runs)
-    rows = [
-        [
-            run.seed,
-            *(f"{run.bpb[name]:.5f}" for name in names),
-            f"{run.nats[final]:.5f}",
-            f"{run.result['artifact']['total_bytes']:,}" if "artifact" in run.result else "none",
-            f"{run.result.get('steps', 0):,}",
-            f"{run.result.get('step_ms', 0):.1f}",
-        ]
-        for run in runs
-    ]
+    names, final = [name for name in SCORES if all(name in run.bpb for run in runs)], final_score(runs)
+    head = ["seed", *(f"{name}, bpb" for name in names), f"{final}, nats", "bytes", "steps", "ms/step"]
+    rows = []
+    for run in runs:
+        scores = [f"{run.bpb[name]:.5f}" for name in names]
+        size = run.result.get("artifact", {}).get("total_bytes")
+        pace = f"{run.result.get('steps', 0):,}", f"{run.result.get('step_ms', 0):.1f}"
+        rows.append([run.seed, *scores, f"{run.nats[final]:.5f}", f"{size:,}" if size else "none", *pace])
     means = [mean_and_deviation([run.bpb[name] for run in runs], 5) for name in names]
     loss = mean_and_deviation([run.nats[final] for run in runs], 5)
-    rows.append(["**mean**", *means, loss, "", "", ""])
-    return markdown_table(
-        ["seed", *(f"{name}, bpb" for name in names), f"{final}, nats", "bytes", "steps", "ms/step"], rows
-    )
+    return markdown_table(head, [*rows, ["**mean**", *means, loss, "", "", ""]])
 
 
 def budget_table(runs: Sequence[Run]) -> str:
@@ -183,12 +174,10 @@ def budget_table(runs: Sequence[Run]) -> str:
         budgets = [run.result["budget"].get(clock, {}) for run in runs]
         for kind, note in (("counted", ""), ("uncounted", " (not counted)")):
             for phase in dict.fromkeys(phase for budget in budgets for phase in budget.get(kind, {})):
-                rows.append(
-                    [f"{clock}: {phase}{note}", *(f"{b.get(kind, {}).get(phase, 0):.1f}" for b in budgets)]
-                )
-        rows.append(
-            [f"**{clock}**, of {LIMIT_SECONDS:.0f} s", *(f"**{b.get('used', 0):.1f}**" for b in budgets)]
-        )
+                seconds = (f"{budget.get(kind, {}).get(phase, 0):.1f}" for budget in budgets)
+                rows.append([f"{clock}: {phase}{note}", *seconds])
+        used = (f"**{budget.get('used', 0):.1f}**" for budget in budgets)
+        rows.append([f"**{clock}**, of {LIMIT_SECONDS:.0f} s", *used])
     return markdown_table(["seconds", *(f"seed {run.seed}" for run in runs)], rows)
 
 
@@ -203,121 +192,100 @@ def proof_rows(run: Run) -> dict[str, str]:
         rows["QAT: distance to the grid, before and after"] = f"{qat['distance_before']:.3f}, {after:.3f}"
         rows["QAT: loss by rounding"] = f"{qat['loss_rounded'] - qat['loss']:+.4f}"
     if averaging := proofs.get("averaging"):
-        rows["averaging: exported, distance from the raw weights"] = (
-            f"{averaging.get('exported')}, {100 * averaging['distance_from_raw']:.2f} %"
-        )
+        moved = f"{averaging.get('exported')}, {100 * averaging['distance_from_raw']:.2f} %"
+        rows["averaging: exported, distance from the raw weights"] = moved
     for role in ("attn", "mlp"):
         if (part := proofs.get("quantizer", {}).get(role, {})).get("error_rounding"):
-            rows[f"{role}: error as a share of plain rounding's"] = (
-                f"{part['error'] / part['error_rounding']:.3f}"
-            )
+            share = f"{part['error'] / part['error_rounding']:.3f}"
+            rows[f"{role}: error as a share of plain rounding's"] = share
     if ttt := proofs.get("ttt"):
-        rows["test-time training: chunks, steps, change of the weights"] = (
-            f"{ttt['chunks']}, {ttt['steps']}, {100 * ttt['weight_change']:.2f} %"
-        )
+        moved = f"{ttt['chunks']}, {ttt['steps']}, {100 * ttt['weight_change']:.2f} %"
+        rows["test-time training: chunks, steps, change of the weights"] = moved
     return rows
 
 
 def proofs_table(runs: Sequence[Run]) -> str:
     """The proofs of all runs side by side."""
     columns = [proof_rows(run) for run in runs]
-    names = dict.fromkeys(name for column in columns for name in column)
-    return markdown_table(
-        ["proof", *(f"seed {run.seed}" for run in runs)],
-        [[name, *(column.get(name, "off") for column in columns)] for name in names],
-    )
+    head = ["proof", *(f"seed {run.seed}" for run in runs)]
+    names = dict.fromkeys(chain.from_iterable(columns))
+    return markdown_table(head, [[name, *(column.get(name, "off") for column in columns)] for name in names])
 
 
 def audit_table(runs: Sequence[Run]) -> str:
     """Every check of every run's audit with its evidence."""
-    rows = [
-        [check["name"], run.seed, check["status"], check.get("evidence", "")]
-        for run in runs
-        if (audit := audit_of(run))
-        for check in audit["checks"]
-    ]
-    return (
-        markdown_table(["check", "seed", "status", "evidence"], rows)
-        if rows
-        else "No artifact has been audited."
-    )
+    audits = [(run.seed, audit) for run in runs if (audit := audit_of(run))]
+    rows = [[check["name"], seed, check["status"], check.get("evidence", "")]
+            for seed, audit in audits for check in audit["checks"]]
+    head = ["check", "seed", "status", "evidence"]
+    return markdown_table(head, rows) if rows else "No artifact has been audited."
+
+
+def changed_settings(run: Run) -> dict[str, str]:
+    """The settings that were changed from the preset and decide what is computed, as one would type them."""
+    kept = {name: value for name, value in run.changed.items() if name not in (*BOOKKEEPING, "seed")}
+    return {name.upper(): show(value) for name, value in kept.items()}
 
 
 def settings_text(run: Run) -> str:
     """The settings that were changed from the preset, as a table."""
-    changed = {name: value for name, value in run.changed.items() if name not in (*BOOKKEEPING, "seed")}
+    about, changed = f"The preset `{run.result['preset']}` of the script", changed_settings(run)
     if not changed:
-        return f"The preset `{run.result['preset']}` of the script, with nothing changed."
-    rows = [[f"`{name.upper()}`", f"`{show(value)}`"] for name, value in changed.items()]
-    return f"The preset `{run.result['preset']}` of the script, with these changes:\n\n" + markdown_table(
-        ["setting", "value"], rows
-    )
+        return f"{about}, with nothing changed."
+    rows = [[f"`{name}`", f"`{value}`"] for name, value in changed.items()]
+    return f"{about}, with these changes:\n\n{markdown_table(['setting', 'value'], rows)}"
 
 
 def reproduce_command(run: Run) -> str:
     """The command line that makes one of the runs again, from inside the folder."""
-    settings = {"PRESET": run.result["preset"], "SEED": run.seed}
-    data, tokenizer = run.settings["data_path"], run.settings["tokenizer_path"]
-    settings["DATA_PATH"] = f"{DATA_ROOT}/datasets/{Path(data).name}"
-    settings["TOKENIZER_PATH"] = f"{DATA_ROOT}/tokenizers/{Path(tokenizer).name}"
-    settings |= {
-        name.upper(): show(value) for name, value in run.changed.items() if name not in (*BOOKKEEPING, "seed")
-    }
-    given = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
+    settings = {
+        "PRESET": run.result["preset"], "SEED": run.seed,
+        "DATA_PATH": f"{DATA_ROOT}/datasets/{Path(run.settings['data_path']).name}",
+        "TOKENIZER_PATH": f"{DATA_ROOT}/tokenizers/{Path(run.settings['tokenizer_path']).name}"}
+    settings |= changed_settings(run)
+    given = (f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
     processes = run.result.get("world_size", 1)
-    return f"{given} \\\n    torchrun --standalone --nproc_per_node={processes} train_gpt.py"
+    return f"{' '.join(given)} \\\n    torchrun --standalone --nproc_per_node={processes} train_gpt.py"
 
 
 def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) -> str:
     """README.md of the folder, every number from the runs."""
     final, first = final_score(runs), runs[0].result
     mean = mean_and_deviation([run.bpb[final] for run in runs], 5)
-    parts = [
-        f"# {name}",
-        f"**{mean} bits per byte** ({final}, {len(runs)} run{'s' * (len(runs) > 1)}, "
-        f"{first['corpus']}, {first.get('val_tokens', 0):,} positions, {machine(runs[0])}).",
-    ]
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    about = f"{first['corpus']}, {first.get('val_tokens', 0):,} positions, {machine(runs[0])}"
+    parts = [f"# {name}", f"**{mean} bits per byte** ({final}, {count}, {about})."]
     parts += [blurb] if blurb else []
     if warnings:
         parts += ["## What keeps this from being a record", "\n".join(f"- {line}" for line in warnings)]
     meaning = "; ".join(f"{key}: {text}" for key, text in SCORES.items())
     parts += [
-        "## Results",
-        results_table(runs),
-        f"{meaning}.",
-        "## Settings",
-        settings_text(runs[0]),
-        "## Clocks",
-        budget_table(runs),
+        "## Results", results_table(runs), f"{meaning}.",
+        "## Settings", settings_text(runs[0]),
+        "## Clocks", budget_table(runs),
         "## Proofs",
         "Measured on the weights that are submitted; losses in nats on one batch of training text.",
         proofs_table(runs),
-        "## Audit",
-        audit_table(runs),
-        "## Reproduce",
-        f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",
+        "## Audit", audit_table(runs),
+        "## Reproduce", f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",
         f"```\npip install -r requirements.txt\n{reproduce_command(runs[0])}\n```",
         f"Script SHA-256: `{first.get('script_sha256')}`. Machine and versions: `{first.get('hardware')}`.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def submission(
-    runs: Sequence[Run], name: str, author: str, github_id: str, blurb: str, day: str, warnings: Sequence[str]
-) -> dict:
-    """submission.json of the folder."""
+def submission(runs: Sequence[Run], warnings: Sequence[str], given: dict[str, str]) -> dict:
+    """submission.json of the folder; given: what only its author knows."""
     final = final_score(runs)
-    bpb, nats = (
-        [score[final] for score in scores] for scores in ([r.bpb for r in runs], [r.nats for r in runs])
-    )
+    bpb, nats = [run.bpb[final] for run in runs], [run.nats[final] for run in runs]
     deviation = lambda values: statistics.stdev(values) if len(values) > 1 else None
     artifacts = [run.result.get("artifact", {}) for run in runs]
+    each = [
+        {"seed": run.seed, "val_bpb": run.bpb[final], "val_loss": run.nats[final],
+         "bytes_total": artifact.get("total_bytes"), "steps": run.result.get("steps")}
+        for run, artifact in zip(runs, artifacts)]
     return {
-        "name": name,
-        "author": author,
-        "github_id": github_id,
-        "blurb": blurb,
-        "date": day,
+        **given,
         "track": "non-record" if warnings else "record",
         "val_bpb": statistics.fmean(bpb),
         "val_bpb_deviation": deviation(bpb),
@@ -327,33 +295,20 @@ def submission(
         "bytes_code": max(artifact.get("code_bytes", 0) for artifact in artifacts),
         "hardware": machine(runs[0]),
         "script_sha256": runs[0].result.get("script_sha256"),
-        "runs": [
-            {
-                "seed": run.seed,
-                "val_bpb": run.bpb[final],
-                "val_loss": run.nats[final],
-                "bytes_total": artifact.get("total_bytes"),
-                "steps": run.result.get("steps"),
-            }
-            for run, artifact in zip(runs, artifacts)
-        ],
-    }
+        "runs": each}
 
 
 def requirements() -> str:
     """What the script itself imports: the first group of requirements.txt."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    groups = re.split(r"(?m)^#.*$", "\n".join(lines))
+    groups = re.split(r"(?m)^#.*$", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
     return next(group for group in groups if group.strip()).strip() + "\n"
 
 
 def log_names(runs: Sequence[Run]) -> list[str]:
     """train_seed1337.log, ...; runs that share a seed are told apart by their place."""
     seeds = [run.seed for run in runs]
-    return [
-        f"train_seed{seed}.log" if seeds.count(seed) == 1 else f"train_seed{seed}_{i + 1}.log"
-        for i, seed in enumerate(seeds)
-    ]
+    place = lambda i: "" if seeds.count(seeds[i]) == 1 else f"_{i + 1}"
+    return [f"train_seed{seed}{place(i)}.log" for i, seed in enumerate(seeds)]
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -370,16 +325,9 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         raise
 
 
-def slug(name: str) -> str:
-    """A folder's name from a submission's."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "submission"
-
-
 def program() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shared.parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="LOGS", help="folders of finished runs, one for each seed")
     parser.add_argument("--name", required=True, help="the submission's title")
     parser.add_argument("--author", required=True)
@@ -393,7 +341,8 @@ def program() -> None:
         day = str(date.fromisoformat(arguments.date)) if arguments.date else str(datetime.now(UTC).date())
     except ValueError:
         raise Mistake(f"--date {arguments.date} is not YYYY-MM-DD") from None
-    folder = arguments.out or Path("submissions") / f"{day}_{slug(arguments.name)}"
+    title = re.sub(r"[^A-Za-z0-9]+", "_", arguments.name).strip("_") or "submission"
+    folder = arguments.out or Path("submissions") / f"{day}_{title}"
     if folder.exists():
         raise Mistake(f"{folder} exists; delete it, or choose another with --out")
     runs = open_runs(arguments.runs)
@@ -403,20 +352,15 @@ def program() -> None:
         raise Mistake("\n".join(warnings))
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
-    facts = submission(
-        runs, arguments.name, arguments.author, arguments.github_id, arguments.blurb, day, warnings
-    )
-    logs = {name: (run.folder / "log.txt").read_bytes() for name, run in zip(log_names(runs), runs)}
-    write_folder(
-        folder,
-        {
-            "README.md": readme(runs, arguments.name, arguments.blurb, warnings).encode(),
-            "submission.json": (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
-            "train_gpt.py": sources[0],
-            "requirements.txt": requirements().encode(),
-            **logs,
-        },
-    )
+    given = {"name": arguments.name, "author": arguments.author, "github_id": arguments.github_id}
+    facts = submission(runs, warnings, given | {"blurb": arguments.blurb, "date": day})
+    files = {name: (run.folder / "log.txt").read_bytes() for name, run in zip(log_names(runs), runs)}
+    files |= {
+        "README.md": readme(runs, arguments.name, arguments.blurb, warnings).encode(),
+        "submission.json": (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode(),
+        "train_gpt.py": sources[0],
+        "requirements.txt": requirements().encode()}
+    write_folder(folder, files)
     print(f"submission: {folder} ({', '.join(sorted(path.name for path in folder.iterdir()))})")
 
 

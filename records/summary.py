@@ -2,15 +2,15 @@
 
     python records/summary.py logs/RUN [--text data/datasets/NAME/val.txt]
 
-The compressors' row is for scale: xz -9 and zstd -22 on the validation text itself, where it lies beside the shards.
+The compressors' row is for scale: xz -9 and zstd -22 on the validation text, where it lies beside the shards.
 """
 from __future__ import annotations
 
-import argparse
 import lzma
 import sys
 from pathlib import Path
 
+import runs as shared
 import zstandard
 from runs import SCORES, Run, exit_status
 
@@ -42,7 +42,8 @@ def budget_lines(result: dict) -> list[str]:
     lines = []
     for clock, budget in result.get("budget", {}).items():
         limit = f"of {budget['limit']:.0f} s" if budget["limit"] else "(no limit)"
-        lines.append(f"  {clock:<11}{budget['used']:8.1f} s {limit}{'' if budget['within'] else '  EXCEEDED'}")
+        verdict = "" if budget["within"] else "  EXCEEDED"
+        lines.append(f"  {clock:<11}{budget['used']:8.1f} s {limit}{verdict}")
         for kind, note in (("counted", ""), ("uncounted", "  not counted")):
             lines += [f"    {phase:<20}{seconds:7.1f} s{note}" for phase, seconds in budget[kind].items()]
     return lines
@@ -52,9 +53,9 @@ def summary(folder: Path, text_path: Path | None) -> str:
     """The whole table of a run's folder."""
     result = Run.open(folder).result
     text = text_path.read_bytes()[:MOST_TEXT_BYTES] if text_path and text_path.is_file() else b""
-    lines = ["", f"{folder}: {result['preset']}, seed {result['seed']}, {result.get('params', 0):,} parameters, "
-             f"{result.get('steps', 0)} steps, corpus: {result['corpus']}", "", "score (lower is better)",
-             *score_lines(result, compressor_bpb(text) if text else {})]
+    about = f"{folder}: {result['preset']}, seed {result['seed']}, {result.get('params', 0):,} parameters"
+    lines = ["", f"{about}, {result.get('steps', 0)} steps, corpus: {result['corpus']}", "",
+             "score (lower is better)", *score_lines(result, compressor_bpb(text) if text else {})]
     if "artifact" in result:
         a = result["artifact"]
         verdict = "fits" if a["total_bytes"] <= a["limit"] else "OVER THE LIMIT"
@@ -68,9 +69,10 @@ def summary(folder: Path, text_path: Path | None) -> str:
 
 def program() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.parser(__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, e.g. logs/smoke-seed1337-...")
-    parser.add_argument("--text", type=Path, help="validation text for the compressors (default: beside the shards)")
+    about = "validation text for the compressors (default: beside the shards)"
+    parser.add_argument("--text", type=Path, help=about)
     arguments = parser.parse_args()
     data = Path(Run.open(arguments.run).result.get("data_path", ""))
     print(summary(arguments.run, arguments.text or data / "val.txt"))

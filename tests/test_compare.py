@@ -24,25 +24,15 @@ def write_run(folder, seed=1337, bpb=1.1, rows=(), **changes):
     """A run's folder by hand: a score, a training curve of (step, loss, seconds), and what else is given."""
     scores = {"float": bpb + 0.01, "roundtrip": bpb + 0.012, "sliding": None, "ttt": bpb}
     result = {
-        "preset": "smoke",
-        "seed": seed,
-        "corpus": "FineWeb",
-        "val_tokens": TOKENS,
-        "val_bytes": BYTES,
-        "bpb": scores,
-        "val_loss": {name: value * NATS for name, value in scores.items() if value},
-        "proofs": {},
-        "budget": {},
-        "changed": {"seed": seed, "run_id": folder.name},
-        "hardware": HARDWARE,
+        "preset": "smoke", "seed": seed, "corpus": "FineWeb", "val_tokens": TOKENS, "val_bytes": BYTES,
+        "bpb": scores, "val_loss": {name: value * NATS for name, value in scores.items() if value},
+        "proofs": {}, "budget": {}, "changed": {"seed": seed, "run_id": folder.name}, "hardware": HARDWARE,
         "script_sha256": "a" * 64,
     } | changes
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        json.dumps({"event": "train", "step": step, "loss": loss, "lr_scale": 1.0, "seconds": seconds})
-        for step, loss, seconds in rows
-    ]
+    lines = [json.dumps({"event": "train", "step": step, "loss": loss, "lr_scale": 1.0, "seconds": seconds})
+             for step, loss, seconds in rows]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -95,29 +85,35 @@ def test_rule_for_a_record(tmp_path, monkeypatch, capsys, gain, spread, answer):
     line = re.search(r"a record\?  (\w+): (better|worse) by ([\d.]+) nats", out)
     assert status == 0 and line[1] == answer and line[2] == ("better" if gain > 0 else "worse")
     assert float(line[3]) == pytest.approx(abs(gain) * NATS, abs=1e-5)
-    strict = stats.ttest_ind_from_stats(
-        1.1 - gain, spread, 3, 1.1 - 0.005 / NATS, spread, 3, False, "less"
-    ).pvalue
-    assert (
-        f"p = {strict:.3g} (by 0.00500 nats)" in out
-        and f"p = {strict:.3g} (by {0.005 / NATS:.5f} bpb)" in out
-    )
+    limit = 1.1 - 0.005 / NATS
+    p = stats.ttest_ind_from_stats(1.1 - gain, spread, 3, limit, spread, 3, False, "less").pvalue
+    assert f"p = {p:.3g} (by 0.00500 nats)" in out and f"p = {p:.3g} (by {0.005 / NATS:.5f} bpb)" in out
 
 
 def test_against_runs_tests_every_score_in_both_units(tmp_path, monkeypatch, capsys):
     a, b = group(tmp_path, "a", A), group(tmp_path, "b", B)
     status, out, _ = call(capsys, monkeypatch, compare.program, *a, "--against", *b)
     wanted = stats.ttest_ind(A, B, equal_var=False, alternative="less")
-    assert (
-        status == 0 and out.count(f"p = {wanted.pvalue:.3g} (better at all)") == 6
-    )  # three scores, two units
-    assert [line.split(":")[0] for line in out.splitlines() if "against B" in line] == [
-        "A float",
-        "A roundtrip",
-        "A ttt",
-    ]
+    both_units = 2 * 3  # in each of three scores
+    assert status == 0 and out.count(f"p = {wanted.pvalue:.3g} (better at all)") == both_units
+    titles = [line.split(":")[0] for line in out.splitlines() if "against B" in line]
+    assert titles == ["A float", "A roundtrip", "A ttt"]
     difference = sum(A) / 3 - sum(B) / 4
     assert f"{difference:+.5f} bpb   {difference * NATS:+.5f} nats" in out
+
+
+def test_equal_seeds_are_compared_in_pairs(tmp_path, monkeypatch, capsys):
+    """Seeds that differ more than A and B do: Welch sees nothing, the pairs do."""
+    a, b = [1.10, 1.14, 1.18], [1.1012, 1.1410, 1.1811]
+    runs = group(tmp_path, "a", a), group(tmp_path, "b", b)
+    _, out, _ = call(capsys, monkeypatch, compare.program, *runs[0], "--against", *reversed(runs[1]))
+    p = stats.ttest_rel(a, b, alternative="less").pvalue
+    welch = stats.ttest_ind(a, b, equal_var=False, alternative="less").pvalue
+    assert p < 0.01 < 0.4 < welch and f"= {welch:.3g} (better at all)" in out
+    assert out.count(f"by seed    A - B -0.00110 ± 0.00010 (n=3) bpb, one-sided p = {p:.3g}") == 3
+    other = write_run(tmp_path / "c", seed=9)
+    _, out, _ = call(capsys, monkeypatch, compare.program, *runs[0], "--against", *runs[1][:2], other)
+    assert "Welch" in out and "by seed" not in out
 
 
 def test_mean_and_deviation_of_seeds(tmp_path, monkeypatch, capsys):
@@ -154,21 +150,14 @@ def test_equal_steps_and_equal_time(tmp_path):
 
 def test_settings_that_differ_and_warnings(tmp_path, monkeypatch, capsys):
     a = group(tmp_path, "a", A, changed={"matrix_lr": 0.02})
-    b = group(
-        tmp_path,
-        "b",
-        B,
-        hardware=HARDWARE.replace("8x NVIDIA H100", "1x NVIDIA A100"),
-        script_sha256="b" * 64,
-        changed={"matrix_lr": 0.03, "data_path": "elsewhere"},
-    )
+    other = {"hardware": HARDWARE.replace("8x NVIDIA H100", "1x NVIDIA A100"), "script_sha256": "b" * 64}
+    b = group(tmp_path, "b", B, changed={"matrix_lr": 0.03, "data_path": "elsewhere"}, **other)
     _, out, _ = call(capsys, monkeypatch, compare.program, *a, "--against", *b)
     assert re.search(r"MATRIX_LR +A 0.02   B 0.03", out) and "DATA_PATH" not in out and "MUON_WD" not in out
     assert "hardware or versions differ" in out and "A100" in out
     assert "script hashes differ" in out and "corpora differ" not in out and "seed twice" not in out
-    _, out, _ = call(
-        capsys, monkeypatch, compare.program, *a, "--against", *group(tmp_path, "c", B, changed={})
-    )
+    c = group(tmp_path, "c", B, changed={})
+    _, out, _ = call(capsys, monkeypatch, compare.program, *a, "--against", *c)
     assert "hardware" not in out and "script hashes" not in out
 
 
@@ -229,9 +218,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):
 
 
 def test_command_line_has_an_example():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "records/compare.py"), "--help"], capture_output=True, text=True
-    )
+    command = [sys.executable, str(ROOT / "records/compare.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--against pr606" in done.stdout
 
 
@@ -266,17 +254,13 @@ def test_run_sh_runs_every_seed_then_compares(tmp_path):
     calls, done = run_sh(tmp_path, "smoke", SEEDS="1337,42,7", RUN_ID="x")
     folders = [f"logs/x-seed{seed}" for seed in (1337, 42, 7)]
     assert done.returncode == 0, done.stderr
-    assert [call for call in calls if call.startswith("train")] == [
-        f"train {seed} x-seed{seed}" for seed in (1337, 42, 7)
-    ]
+    trained = [call for call in calls if call.startswith("train")]
+    assert trained == [f"train {seed} x-seed{seed}" for seed in (1337, 42, 7)]
     assert calls[-1] == f"records/compare.py {' '.join(folders)}"
     for folder in folders:
         after = calls[calls.index(f"train {folder.split('seed')[1]} {folder[5:]}") + 1 :][:3]
-        assert after == [
-            f"records/summary.py {folder}",
-            f"records/report.py {folder}",
-            f"records/sample.py {folder} --tokens 80",
-        ]
+        programs = [f"records/summary.py {folder}", f"records/report.py {folder}"]
+        assert after == [*programs, f"records/sample.py {folder} --tokens 80"]
 
 
 def test_run_sh_with_one_seed_neither_compares_nor_renames(tmp_path):
@@ -289,9 +273,8 @@ def test_run_sh_survives_a_missing_or_failing_report(tmp_path):
     calls, done = run_sh(tmp_path, "smoke", HAS_MATPLOTLIB="0", RUN_ID="x")
     lines = [line for line in done.stdout.splitlines() if "matplotlib" in line]
     assert done.returncode == 0 and not any("report" in call for call in calls)
-    assert (
-        len(lines) == 1 and "-m pip install matplotlib" in lines[0] and "records/report.py logs/x" in lines[0]
-    )
+    assert len(lines) == 1
+    assert "-m pip install matplotlib" in lines[0] and "records/report.py logs/x" in lines[0]
     assert run_sh(tmp_path, "smoke", REPORT_STATUS="1", RUN_ID="y")[1].returncode == 0
 
 

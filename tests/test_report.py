@@ -18,114 +18,54 @@ sys.path.insert(0, str(ROOT / "records"))
 import report  # noqa: E402
 import runs as shared  # noqa: E402
 
-BROWSER = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
 TOKENS, BYTES, STEPS = 251_392, 724_039, 200
 
 
 def result_of(**changes) -> dict:
     """A finished run of 200 steps with everything on."""
-    matrices = {
-        f"blocks.{layer}.{kind}.weight": [2.0, 2.0 * (0.3 + 0.1 * layer)]
-        for layer in range(3)
-        for kind in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
-    }
+    clock = {"limit": 600.0, "within": True}
+    kinds = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    matrices = {f"blocks.{n}.{kind}.weight": [2.0, 2.0 * (0.3 + 0.1 * n)] for n in range(3) for kind in kinds}
+    errors = {"error_rounding": 4.0, "error": 1.6, "floored_rows": 0}
     return {
-        "preset": "smoke",
-        "seed": 1337,
-        "corpus": "A corpus",
-        "params": 785_698,
-        "steps": STEPS,
-        "step_ms": 97.4,
-        "tokens_seen": 819_200,
-        "val_tokens": TOKENS,
-        "val_bytes": BYTES,
-        "hardware": "device:1x A GPU threads:1",
-        "world_size": 1,
-        "script_sha256": "c0ffee",
-        "changed": {"matrix_lr": 0.031},
-        "peak_memory": 2**30,
+        "preset": "smoke", "seed": 1337, "corpus": "A corpus", "changed": {"matrix_lr": 0.031},
+        "params": 785_698, "steps": STEPS, "step_ms": 97.4, "tokens_seen": 819_200, "val_tokens": TOKENS,
+        "val_bytes": BYTES, "hardware": "device:1x A GPU threads:1", "world_size": 1,
+        "script_sha256": "c0ffee", "peak_memory": 2**30,
         "bpb": {"float": 1.6231, "roundtrip": 1.6242, "sliding": 1.5307, "ttt": 1.5092},
         "val_loss": {"float": 3.2404, "roundtrip": 3.2426, "sliding": 3.0556, "ttt": 3.0125},
         "artifact": {
-            "model_bytes": 900_000,
-            "code_bytes": 100_000,
-            "total_bytes": 1_000_000,
-            "limit": 16_000_000,
-            "sections": {
-                "attn.15": {"bytes": 300_000, "entropy_bytes": 290_000},
-                "embed.127": {"bytes": 595_000, "entropy_bytes": 590_000},
-                "header": {"bytes": 5_000},
-            },
-            "sha256": "beef",
-        },
+            "model_bytes": 900_000, "code_bytes": 100_000, "total_bytes": 1_000_000, "limit": 16_000_000,
+            "sections": {"attn.15": {"bytes": 300_000, "entropy_bytes": 290_000},
+                         "embed.127": {"bytes": 595_000, "entropy_bytes": 590_000},
+                         "header": {"bytes": 5_000}},
+            "sha256": "beef"},
         "budget": {
-            "training": {
-                "limit": 600.0,
-                "used": 598.0,
-                "within": True,
-                "uncounted": {"warm-up": 3.0},
-                "counted": {"train": 590.0, "calibrate": 8.0},
-            },
-            "evaluation": {
-                "limit": 600.0,
-                "used": 540.0,
-                "within": True,
-                "uncounted": {},
-                "counted": {"ttt": 540.0},
-            },
-        },
+            "training": clock | {"used": 598.0, "uncounted": {"warm-up": 3.0},
+                                 "counted": {"train": 590.0, "calibrate": 8.0}},
+            "evaluation": clock | {"used": 540.0, "uncounted": {}, "counted": {"ttt": 540.0}}},
         "proofs": {
             "techniques": {"xsa": {"loss": 3.0, "loss_without": 3.25, "layers": 3}},
-            "qat": {
-                "first_step": 150,
-                "distance_before": 0.248,
-                "distance_raw": 0.154,
-                "loss": 3.0,
-                "loss_rounded": 3.004,
-            },
+            "qat": {"first_step": 150, "distance_before": 0.248, "distance_raw": 0.154, "loss": 3.0,
+                    "loss_rounded": 3.004},
             "averaging": {"exported": "ema", "distance_from_raw": 0.0386},
-            "quantizer": {
-                "attn": {"matrices": 12, "error_rounding": 4.0, "error": 1.6, "floored_rows": 0},
-                "mlp": {"matrices": 6, "error_rounding": 4.0, "error": 1.6, "floored_rows": 0},
-                "matrices": matrices,
-            },
-            "ttt": {
-                "chunks": 31,
-                "steps": 120,
-                "untrained_from_chunk": None,
-                "weight_change": 0.0176,
-                "parameters": 785_698,
-            },
-        },
+            "quantizer": {"attn": errors, "mlp": errors, "matrices": matrices},
+            "ttt": {"chunks": 31, "steps": 120, "untrained_from_chunk": None, "weight_change": 0.0176,
+                    "parameters": 785_698}},
     } | changes
 
 
 def metrics(steps: int = STEPS) -> list[dict]:
     """A falling loss, two validations, a running score."""
-    rows = [
-        {
-            "event": "train",
-            "step": step,
-            "loss": 3 + 4 * math.exp(-step / 20),
-            "seconds": 0.1 * step,
-            "lr_scale": min(1.0, (steps - step + 1) / (0.5 * steps)),
-        }
-        for step in range(1, steps + 1)
-    ]
-    rows += [
-        {"event": "validation", "step": step, "loss": 3.3, "bpb": 1.65, "seconds": 6.0} for step in (60, 120)
-    ]
-    return rows + [
-        {"event": "ttt", "step": i, "bpb": 1.55 - 0.001 * i, "positions": 8192 * (i + 1), "seconds": i}
-        for i in range(30)
-    ]
+    train = [{"event": "train", "step": step, "loss": 3 + 4 * math.exp(-step / 20), "seconds": 0.1 * step,
+              "lr_scale": min(1.0, 2 * (steps - step + 1) / steps)} for step in range(1, steps + 1)]
+    between = [{"event": "validation", "step": step, "loss": 3.3, "bpb": 1.65, "seconds": 6.0}
+               for step in (60, 120)]
+    ttt = [{"event": "ttt", "step": i, "bpb": 1.55 - 0.001 * i, "positions": 8192 * (i + 1), "seconds": i}
+           for i in range(30)]
+    return train + between + ttt
 
 
 def write_run(folder: Path, rows=None, **changes) -> shared.Run:
@@ -170,42 +110,14 @@ def undrawn(monkeypatch):
 def test_the_page_holds_every_part(full_page):
     text = text_of(full_page)
     for part in (
-        "Score",
-        "Training",
-        "Bytes",
-        "Quantisation error",
-        "Clocks",
-        "Proofs",
-        "Settings",
-        "Machine",
-        "1.62310",
-        "+0.0011",
-        "-0.0935",
-        "-0.0215",
-        "3.0125 nats",
-        "1,000,000 of 16,000,000 bytes, 6.2 %",
-        "attention, codes within ±15 300,000 B",
-        "code 100,000 B",
-        "1.017 of their order-0 entropy",
-        "attention 0.400 overall",
-        "0.30",
-        "0.50",
-        "598.0 s of 600 s",
-        "calibrate 8.0 s",
-        "warm-up 3.0 s",
-        "xsa +0.2500",
-        "from step 150",
-        "0.248 to 0.154",
-        "3.86 %",
-        "31 chunks",
-        "MATRIX_LR 0.031",
-        "1x A GPU",
-        "c0ffee",
-        "97.4",
-        "QAT",
-        "EMA",
-    ):
+        "Score", "Training", "Bytes", "Quantisation error", "Clocks", "Proofs", "Settings", "Machine",
+        "1.62310", "+0.0011", "-0.0935", "-0.0215", "3.0125 nats", "1,000,000 of 16,000,000 bytes, 6.2 %",
+        "attention, codes within ±15 300,000 B", "code 100,000 B", "1.017 of their order-0 entropy",
+        "attention 0.400 overall", "0.30", "0.50", "598.0 s of 600 s", "calibrate 8.0 s", "warm-up 3.0 s",
+        "xsa +0.2500", "from step 150", "0.248 to 0.154", "3.86 %", "31 chunks", "MATRIX_LR 0.031",
+        "1x A GPU", "c0ffee", "97.4", "QAT", "EMA"):
         assert part in text, part
+    assert "class='chip'" not in full_page  # a run alone needs no name at every table
     assert "over the limit" not in text and "exceeded" not in text
 
 
@@ -262,9 +174,8 @@ def test_breaches_stand_out(tmp_path, undrawn):
 
 
 def test_several_runs_are_overlaid_and_their_differences_listed(tmp_path, undrawn, full):
-    other = write_run(
-        tmp_path / "other", changed={"matrix_lr": 0.05, "muon_wd": 0.1}, bpb={"float": 1.5, "ttt": None}
-    )
+    changed = {"matrix_lr": 0.05, "muon_wd": 0.1}
+    other = write_run(tmp_path / "other", changed=changed, bpb={"float": 1.5, "ttt": None})
     html = report.page([full, other])
     rows = {
         cells[0]: cells[1:]
@@ -279,6 +190,25 @@ def test_several_runs_are_overlaid_and_their_differences_listed(tmp_path, undraw
     plt.close(figure)
 
 
+def test_the_difference_to_the_first_run_has_a_panel_of_its_own(tmp_path, full):
+    """A run that is 0.01 nats worse from step 101 on, which the curves themselves hide."""
+    train = [row for row in metrics() if row["event"] == "train"]
+    worse = [row | {"loss": row["loss"] + 0.01 * (row["step"] > 100)} for row in train]
+    figure = report.draw_loss([full, write_run(tmp_path / "worse", worse)], report.WIDE)
+    curve = next(line for line in figure.axes[1].lines if len(line.get_ydata()) == STEPS)
+    plt.close(figure)
+    assert curve.get_color() == report.COLOURS[1] and np.allclose(curve.get_ydata()[:100], 0)
+    assert curve.get_ydata()[-1] == pytest.approx(0.01, rel=0.02)
+
+
+def test_settings_are_the_runs_own_not_this_checkouts(tmp_path):
+    """result.json's settings count, whatever the presets are; those of scoring are of the last evaluation."""
+    own = {"preset": "gone", "ve_layers": [1, 2], "ttt_lr": 0.1, "ema_decay": 0.98, "ignored": ["EMBED_LR"]}
+    again = {"settings": own | {"ttt_lr": 0.7, "ema_decay": 0.5}, "preset": "gone", "changed": {}}
+    run = write_run(tmp_path / "run", preset="gone", changed={}, settings=own, scored_with=again)
+    assert run.settings == {"preset": "gone", "ve_layers": (1, 2), "ttt_lr": 0.7, "ema_decay": 0.98}
+
+
 def test_short_names_tell_runs_apart():
     def short(*names):
         return report.short_names([shared.Run(Path("logs") / name, {}) for name in names])
@@ -286,6 +216,8 @@ def test_short_names_tell_runs_apart():
     assert short("p-seed1-x", "p-seed20-x") == ["seed1", "seed20"]
     assert short("a", "b") == ["a", "b"] and short("only-one") == ["only-one"]
     assert short("a-1", "a-1-1") == ["a-1", "a-1-1"]  # a name without a part of its own
+    assert short("p-seed1-20260101-120000", "p-seed2-20260102-130000") == ["seed1", "seed2"]
+    assert short("p-20260101-120000", "p-20260102-120000") == ["20260101", "20260102"]
 
 
 def test_names_and_corpora_are_escaped(tmp_path):
@@ -339,9 +271,8 @@ def test_smoothing_and_thinning():
     noisy = [5.0 + (-1) ** i for i in range(1000)]
     assert max(abs(value - 5) for value in report.smoothed(noisy)[100:]) < 0.1
     falling = [10 * math.exp(-i / 20) for i in range(400)]
-    assert (
-        max(abs(a - b) for a, b in zip(report.smoothed(falling), falling)) < 1.5
-    )  # it does not trail a steep start
+    trail = max(abs(a - b) for a, b in zip(report.smoothed(falling), falling))
+    assert trail < 1.5  # even at the steep start
     assert report.thinned(0) == [] and report.thinned(1) == [0]
     assert report.thinned(10_001)[0] == 0 and report.thinned(10_001)[-1] == 10_000
     assert len(report.thinned(10_001)) <= report.POINTS + 1
@@ -349,10 +280,7 @@ def test_smoothing_and_thinning():
 
 def test_a_resumed_runs_steps_count_once(tmp_path):
     """Killed at step 30, resumed from 20, killed within a line; a second evaluation replaces the first."""
-    rows, twice = (
-        metrics(40),
-        [{"event": "ttt", "step": i, "bpb": 9.0, "positions": i, "seconds": i} for i in range(3)],
-    )
+    rows, twice = metrics(40), [{"event": "ttt", "step": i, "bpb": 9.0, "positions": i} for i in range(3)]
     train = [row for row in rows if row["event"] == "train"]
     run = write_run(tmp_path / "run", [*train[:30], *train[20:], *rows[-30:], *twice])
     path = tmp_path / "run/metrics.jsonl"
@@ -379,15 +307,9 @@ def test_files_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert status == 0 and (tmp_path / "both.html").is_file() and (tmp_path / "both.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "words, part",
-    [
-        (["nowhere"], "no result.json"),
-        (["a", "a"], "named twice"),
-        (["a", "--out", "a.pdf"], "name it .html"),
-        (["a", "--out", "missing/a.html"], "missing"),
-    ],
-)
+@pytest.mark.parametrize("words, part", [
+    (["nowhere"], "no result.json"), (["a", "a"], "named twice"), (["a", "--out", "a.pdf"], "name it .html"),
+    (["a", "--out", "missing/a.html"], "missing")])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):
     write_run(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
@@ -404,34 +326,15 @@ def test_matplotlib_missing_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_report_of_a_real_run(tmp_path, tiny):
     """What the script writes is what the page reads: every part is there."""
-    short = {
-        "RUN_ID": "real",
-        "ITERATIONS": "12",
-        "WARMDOWN_ITERS": "8",
-        "WARMUP_STEPS": "0",
-        "VAL_LOSS_EVERY": "6",
-    }
-    done = run_script(tmp_path, tiny | short)
+    short = {"ITERATIONS": "12", "WARMDOWN_ITERS": "8", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "6"}
+    done = run_script(tmp_path, tiny | short | {"RUN_ID": "real"})
     assert done.returncode == 0, done.stderr
     run = shared.Run.open(tmp_path / "logs/real")
     text = text_of(report.page([run]))
     for part in (
-        "Score",
-        "circles: validation",
-        "dotted: QAT starts",
-        "Score so far",
-        "Time per step",
-        "embeddings",
-        "their order-0 entropy",
-        "mlp.proj",
-        "Clocks",
-        "value residual",
-        "QAT from step",
-        "Averaging : ema",
-        "Test-time training :",
-        "MODEL_DIM 64",
-        f"{run.bpb['ttt']:.5f}",
-    ):
+        "Score", "circles: validation", "dotted: QAT starts", "Score so far", "Time per step", "embeddings",
+        "their order-0 entropy", "mlp.proj", "Clocks", "value residual", "QAT from step", "Averaging : ema",
+        "Test-time training :", "MODEL_DIM 64", f"{run.bpb['ttt']:.5f}"):
         assert part in text, part
 
 

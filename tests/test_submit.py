@@ -28,51 +28,22 @@ CHECKS = [
 def result_of(seed: int, **changes) -> dict:
     """A run that may be submitted, but for the given changes."""
     bpb = {"float": 1.1243, "roundtrip": 1.128, "sliding": None, "ttt": round(1.1 + seed / 1e6, 6)}
-    clock = {
-        "limit": 600.0,
-        "used": 598.0,
-        "within": True,
-        "counted": {"train": 590.0, "calibrate": 8.0},
-        "uncounted": {"warm-up": 21.5},
-    }
+    clock = {"limit": 600.0, "used": 598.0, "within": True, "uncounted": {"warm-up": 21.5},
+             "counted": {"train": 590.0, "calibrate": 8.0}}
+    changed = {"seed": seed, "run_id": "r", "matrix_lr": 0.03, "data_path": "/home/person/fineweb10B_sp1024"}
+    size = {"model_bytes": 15_700_000, "code_bytes": len(SOURCE), "total_bytes": 15_700_000 + len(SOURCE)}
     return {
-        "preset": "pr606",
-        "seed": seed,
-        "corpus": "FineWeb",
-        "val_tokens": 62021632,
-        "val_bytes": 151080000,
-        "bpb": bpb,
-        "val_loss": {name: value * 1.688 for name, value in bpb.items() if value},
-        "steps": 6100,
-        "step_ms": 96.5,
-        "script_sha256": hashlib.sha256(SOURCE).hexdigest(),
-        "world_size": 8,
+        "preset": "pr606", "seed": seed, "corpus": "FineWeb", "val_tokens": 62021632, "val_bytes": 151080000,
+        "bpb": bpb, "val_loss": {name: value * 1.688 for name, value in bpb.items() if value},
+        "steps": 6100, "step_ms": 96.5, "script_sha256": hashlib.sha256(SOURCE).hexdigest(), "world_size": 8,
         "hardware": "device:8x NVIDIA H100 80GB HBM3 threads:8 python:3.12.3 torch:2.13.0",
-        "changed": {
-            "seed": seed,
-            "run_id": "r",
-            "matrix_lr": 0.03,
-            "data_path": "/home/person/fineweb10B_sp1024",
-        },
-        "artifact": {
-            "model_bytes": 15_700_000,
-            "code_bytes": len(SOURCE),
-            "total_bytes": 15_700_000 + len(SOURCE),
-            "limit": 16_000_000,
-            "sha256": f"{seed}",
-        },
+        "changed": changed, "artifact": size | {"limit": 16_000_000, "sha256": f"{seed}"},
         "scored_artifact_sha256": f"{seed}",
         "budget": {"training": clock, "evaluation": clock | {"counted": {"ttt": 540.0}, "used": 540.0}},
         "proofs": {
             "techniques": {"xsa": {"loss": 2.0, "loss_without": 2.25}},
-            "qat": {
-                "first_step": 4424,
-                "distance_before": 0.25,
-                "distance_raw": 0.13,
-                "loss": 2.0,
-                "loss_rounded": 2.004,
-            },
-        },
+            "qat": {"first_step": 4424, "distance_before": 0.25, "distance_raw": 0.13, "loss": 2.0,
+                    "loss_rounded": 2.004}},
     } | changes
 
 
@@ -103,15 +74,9 @@ def test_folder_of_three_good_runs(tmp_path, monkeypatch, capsys):
     status, out, err = submission(tmp_path, monkeypatch, capsys, good_runs(tmp_path))
     folder = tmp_path / "submissions/2026-03-25_A_title"
     assert status == 0 and not err and str(folder.relative_to(tmp_path)) in out
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md",
-        "requirements.txt",
-        "submission.json",
-        "train_gpt.py",
-        "train_seed1337.log",
-        "train_seed42.log",
-        "train_seed7.log",
-    ]
+    logs = ["train_seed1337.log", "train_seed42.log", "train_seed7.log"]
+    files = ["README.md", "requirements.txt", "submission.json", "train_gpt.py", *logs]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert (folder / "train_gpt.py").read_bytes() == SOURCE
     assert (folder / "train_seed42.log").read_bytes() == (tmp_path / "logs/s42/log.txt").read_bytes()
     wanted = (folder / "requirements.txt").read_text().split()
@@ -184,7 +149,7 @@ BREACHES = {
         "causal (fail)",
     ),
     "no audit": (changed(audit=False), "has not been audited"),
-    "seeds": (lambda folder: write_run(folder, 42), "3 runs with 2 different seeds"),
+    "seeds": (lambda folder: write_run(folder, 42), "the seeds of the runs are 1337, 42, 42;"),
     "another artifact": (changed(scored_artifact_sha256="other"), "not of the run's own artifact"),
     "stages": (changed(bpb=result_of(7)["bpb"] | {"sliding": 1.1}), "not scored in the same stages"),
     "machine": (changed(hardware="device:1x NVIDIA A100 threads:8"), "made on 1x NVIDIA A100"),
@@ -209,7 +174,7 @@ def test_a_breach_refuses_and_with_non_record_warns(tmp_path, monkeypatch, capsy
 
 def test_two_seeds_are_too_few(tmp_path, monkeypatch, capsys):
     status, _, err = submission(tmp_path, monkeypatch, capsys, good_runs(tmp_path)[:2])
-    assert status == 1 and err == "error: 2 runs with 2 different seeds; a record needs 3 seeds, each once\n"
+    assert status == 1 and "the seeds of the runs are 1337, 42; a record needs 3 seeds" in err
 
 
 @pytest.mark.parametrize(
@@ -250,13 +215,8 @@ def test_an_existing_folder_stays(tmp_path, monkeypatch, capsys):
 def test_the_folder_runs(tmp_path, monkeypatch, capsys, tiny):
     """The README's command, from inside the folder where it would lie in the challenge's repository."""
     small = {name.lower(): value for name, value in tiny.items() if name not in ("PRESET", "VE_LAYERS")}
-    small |= {
-        "ve_layers": [1, 2],
-        "iterations": 3,
-        "ttt_enabled": False,
-        "skip_sliding": True,
-        "warmup_steps": 0,
-    }
+    small |= {"ve_layers": [1, 2], "iterations": 3, "warmup_steps": 0, "ttt_enabled": False}
+    small["skip_sliding"] = True
     runs = [write_run(tmp_path / f"logs/s{seed}", seed, preset="smoke", changed=small) for seed in SEEDS]
     folder = tmp_path / "records/track/folder"
     status, _, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", folder)
@@ -266,20 +226,12 @@ def test_the_folder_runs(tmp_path, monkeypatch, capsys, tiny):
     (data / "tokenizers").mkdir()
     shutil.copy(tiny["TOKENIZER_PATH"], data / "tokenizers")
     command = re.search(r"requirements.txt\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run").replace(
-        "node=8", "node=1"
-    )
-    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    done = subprocess.run(
-        ["bash", "-c", command.replace("PRESET", "RUN_ID=again PRESET", 1)],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    command = command.replace("node=8", "node=1").replace("PRESET", "RUN_ID=again PRESET", 1)
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env["OMP_NUM_THREADS"] = "1"
+    options = {"cwd": folder, "env": env, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run(["bash", "-c", command], **options)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "logs/again/result.json").read_text())
     assert result["steps"] == 3 and result["seed"] == 1337 and result["bpb"]["roundtrip"] > 0
