@@ -221,7 +221,7 @@ def test_gptq_lite_takes_the_best_clip_by_plain_error():
 
 @pytest.mark.parametrize("multiplier", [1.0, 1.7])
 def test_a_trained_grid_is_kept(given, multiplier):
-    """What QAT hardened for is what is exported; without QAT the clip is searched."""
+    """What QAT hardened for is what is exported; without QAT the clip is searched, where no rate coarsens it."""
     weights, _ = given
     kept, _ = quantise(given, multiplier, True)
     searched, _ = quantise(given, multiplier, False)
@@ -229,7 +229,7 @@ def test_a_trained_grid_is_kept(given, multiplier):
         pruned = tg.prune_smallest(weights[name], settings().prune_pct)
         scales = (pruned.abs().amax(1) * (multiplier / kept[name].max_code)).half().float()
         torch.testing.assert_close(kept[name].scales, scales, rtol=1e-3, atol=0)
-        assert not torch.equal(searched[name].scales, kept[name].scales)
+        assert torch.equal(searched[name].scales, kept[name].scales) == (multiplier > 1)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "gptq_lite", "rtn"])
@@ -260,13 +260,19 @@ def test_the_report_adds_up(given):
             scales = (pruned.abs().amax(1) / 15).half().float()
             codes = torch.from_numpy(reference_round(pruned.numpy(), scales.numpy(), 15))
             plain = codes * scales.double()[:, None]
-            one = (summed_error(pruned, plain, hessians[name]),
-                   summed_error(pruned, tensors[name].dequantize(), hessians[name]))
+            one = (summed_error(weights[name], plain, hessians[name]),
+                   summed_error(weights[name], tensors[name].dequantize(), hessians[name]))
             assert report["matrices"][name] == pytest.approx(one, rel=1e-3)
             rounding, error = rounding + one[0], error + one[1]
         assert report[role]["error_rounding"] == pytest.approx(rounding, rel=1e-3)
         assert report[role]["error"] == pytest.approx(error, rel=1e-3)
     assert report["mlp"]["error"] < 0.6 * report["mlp"]["error_rounding"]
+
+
+def test_pruning_is_part_of_the_error(given):
+    """A rung that prunes more must not look better than the one before."""
+    errors = [quantise(given, prune_pct=share)[1]["mlp"]["error"] for share in (0.0, 0.1, 0.3)]
+    assert errors[0] < errors[1] < 0.5 * errors[2]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "gptq_lite", "rtn"])
