@@ -287,14 +287,29 @@ def test_context_counts():
     assert ((nll[4] - nll[16]).abs()[16:] > 1e-3).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 16, 50, 100_000])
-def test_scores_do_not_depend_on_the_batch(batch_tokens):
-    one, other = score(103, 4), score(103, 4, batch_tokens=batch_tokens)
-    assert (other.positions, other.bytes) == (one.positions, one.bytes)
-    assert other.val_loss == pytest.approx(one.val_loss, rel=1e-6)
+def score_in_bf16(positions, stride, **options):
+    """As a processor with bf16 units scores."""
+    model, world = scored_model()
+    world = copy.copy(world)
+    world.dtype = torch.bfloat16
+    windows = tg.sliding_windows(positions, SEQ_LEN, stride)
+    return tg.evaluate(model, *some_text(positions), windows, world, **options)
 
 
-@pytest.mark.parametrize("size", [2, 3, 7, 40])
+@pytest.mark.parametrize(("scorer", "limit"), [(score, 1e-6), (score_in_bf16, 1e-4)])
+def test_scores_do_not_depend_on_the_batch(scorer, limit):
+    one = scorer(403, 4)
+    for batch_tokens in (1, 50, 100_000):
+        other = scorer(403, 4, batch_tokens=batch_tokens)
+        assert (other.positions, other.bytes) == (one.positions, one.bytes)
+        assert other.val_bpb == pytest.approx(one.val_bpb, rel=0, abs=limit), batch_tokens
+
+
+def test_bf16_is_another_arithmetic():
+    assert 1e-5 < abs(score(403, 4).val_bpb - score_in_bf16(403, 4).val_bpb) < 0.1
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 40])
 def test_ranks_share_the_windows(size):
     """Every rank scores a part, some perhaps nothing; together they score each position once."""
     model, world = scored_model()
@@ -308,7 +323,7 @@ def test_ranks_share_the_windows(size):
         parts.append(total.positions)
     assert not nll.isnan().any() and max(parts) == parts[-1] == 103 and parts[0] < 103
     assert (total.positions, total.bytes) == (whole.positions, whole.bytes)
-    assert total.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+    assert total.val_bpb == pytest.approx(whole.val_bpb, rel=0, abs=1e-6)
 
 
 class Digits:
@@ -372,6 +387,97 @@ def test_any_layout_scores_every_position_once(score_fn):
         assert total.val_loss == pytest.approx(expected.mean(), rel=1e-6), layout
 
 
+class Watched(Digits):
+    """Digits that remembers how many places are read, and how many go through the output layer."""
+
+    def __init__(self):
+        self.read = self.put_out = 0
+
+    def hidden(self, tokens):
+        self.read += tokens.numel()
+        return super().hidden(tokens)
+
+    def logits(self, hidden):
+        self.put_out += hidden.shape[:2].numel()
+        return super().logits(hidden)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_only_scored_positions_go_through_the_output_layer(stride):
+    tokens, byte_counts = (torch.from_numpy(a) for a in numbers(200))
+    windows, model = tg.sliding_windows(200, 16, stride), Watched()
+    tg.evaluate(model, tokens, byte_counts, windows, scored_model()[1])
+    assert model.put_out == 200
+    assert model.read == sum(end - start for start, end, _ in windows)
+
+
+def test_sums_are_float64():
+    """One loss of 2^27 nats among losses of 1: a float32 sum drops the small ones, 8 being its step there."""
+    tokens, byte_counts = torch.ones(1001, dtype=torch.int32), torch.ones(1000, dtype=torch.uint8)
+    tokens[500] = 2
+    nats = torch.tensor([0.0, 1.0, 2.0**27])
+
+    def losses(model, text, targets, scored, temperature):
+        return nats[targets[:, -scored:]]
+
+    for batch_tokens in (16, 100_000):
+        windows = tg.sliding_windows(1000, 16, 4)
+        total = tg.evaluate(None, tokens, byte_counts, windows, scored_model()[1], batch_tokens, score_fn=losses)
+        assert total.nats == 2.0**27 + 999
+        assert (total.positions, total.bytes) == (1000, 1000)
+
+
+def test_batches_are_sized_by_tokens_and_device():
+    """4,096 tokens on a CPU whatever the windows' length, 131,072 on a GPU, VAL_BATCH_SIZE over all ranks."""
+
+    def size(device, ranks=1, **settings):
+        world = copy.copy(scored_model()[1])
+        world.device, world.size = torch.device(device), ranks
+        return tg.scoring_batch_tokens(dataclasses.replace(scored_model()[0].hp, **settings), world)
+
+    assert size("cpu", eval_seq_len=256) == size("cpu", eval_seq_len=2048) == 4096
+    assert size("cuda") == 131_072
+    assert size("cuda", ranks=8) == 524_288 // 8
+    assert size("cuda", ranks=4, val_batch_size=4096) == 1024
+    assert size("cpu", eval_seq_len=8192) == 8192  # a window is never cut
+
+    shapes = []
+
+    def watching(model, tokens, targets, scored, temperature):
+        shapes.append(tuple(tokens.shape))
+        return torch.zeros(len(tokens), scored)
+
+    tokens, byte_counts = some_text(103)
+    windows = tg.sliding_windows(103, SEQ_LEN, 4)
+    tg.evaluate(None, tokens, byte_counts, windows, scored_model()[1], batch_tokens=100, score_fn=watching)
+    assert set(shapes) == {(6, SEQ_LEN)}  # six windows of 16; the last batch is filled up, for compilers
+
+
+def test_progress_shows_the_running_score(monkeypatch):
+    """A batch takes ten seconds, so every second one is told of: score so far, speed and time left by hand."""
+    clock, lines = [0.0], []
+
+    class Slow(Digits):
+        def hidden(self, tokens):
+            clock[0] += 10.0
+            return super().hidden(tokens)
+
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: clock[0])
+    tokens, byte_counts = (torch.from_numpy(a) for a in numbers(3000))
+    windows, progress = tg.sliding_windows(3000, 16, 4), tg.Progress(lines.append, "sliding", 3000)
+    tg.evaluate(Slow(), tokens, byte_counts, windows, scored_model()[1], batch_tokens=1600, progress=progress)
+    nats = Digits.nats(tokens[:-1].numpy(), tokens[1:].numpy())
+    expected = []
+    for batch in (2, 4, 6, 8):  # the first batch is the first window, the others score 100 times 4
+        done, seconds = 16 + 400 * (batch - 1), 10.0 * batch
+        bpb = nats[:done].sum() / math.log(2) / int(byte_counts[:done].sum())
+        expected.append(
+            f"sliding positions:{done}/3000 val_bpb:{bpb:.4f} tokens/s:{done / seconds:.0f} "
+            f"left:{seconds * (3000 - done) / done:.0f}s"
+        )
+    assert lines == expected
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_bits_per_byte_equal_the_plain_ones(sp, seed):
     """From texts of many scripts to bpb, by the script and by NumPy: byte pieces, blanks, boundaries."""
@@ -409,6 +515,17 @@ def test_adaptive_temperature():
     result = score(100, 4, temperature=0.9)
     assert result.val_loss == pytest.approx(expected.mean(), rel=1e-5)
     assert abs(score(100, 4).val_loss / result.val_loss - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("low", "expected"), [(0.98, 0.98), (0.95, 0.95), (0.5, 0.9), (1.5, 1.05)])
+def test_temperature_at_its_corners(low, expected):
+    """No entropy: the lowest temperature, kept within 0.9 and 1.05. All of it: 1. Half of it: half-way."""
+    certain, uniform = torch.tensor([200.0, 0.0, 0.0, 0.0]), torch.zeros(4)
+    halved = torch.tensor([200.0, 200.0, 0.0, 0.0])  # ln 2 of ln 4
+    torch.testing.assert_close(tg.adaptive_temperature(certain, low), certain / expected)
+    torch.testing.assert_close(tg.adaptive_temperature(uniform, low), uniform)
+    half_way = min(max((1 + low) / 2, 0.9), 1.05)
+    torch.testing.assert_close(tg.adaptive_temperature(halved, low), halved / half_way)
 
 
 def test_a_part_of_the_windows():

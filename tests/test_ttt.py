@@ -1,6 +1,8 @@
 """Score-first test-time training: each position once, nothing seen before its score, loops in float64."""
 
 import copy
+import dataclasses
+import itertools
 import math
 import threading
 
@@ -209,25 +211,33 @@ class Meeting:
         return everything
 
 
-def rank_world(hp, rank, size, meeting):
-    """A World of one rank among `size` threads; its collectives add in the order of the ranks."""
-    world = copy.copy(tg.World(hp, {}))
+def rank_world(hp, rank, size, meeting, broken_sum):
+    """A World of one rank among `size` threads; its collectives add in the order of the ranks.
+
+    broken_sum  the number of a sum of which the last rank gets something else
+    """
+    world, sums = copy.copy(tg.World(hp, {})), itertools.count(1)
     world.rank, world.size, world.grouped = rank, size, size > 1
-    world.sum_ = lambda tensor: tensor.copy_(sum(meeting.gather(rank, tensor.clone())))
+
+    def sum_(tensor):
+        tensor.copy_(sum(meeting.gather(rank, tensor.clone())))
+        return tensor.add_(0.1) if next(sums) == broken_sum and rank == size - 1 else tensor
+
+    world.sum_ = sum_
     world.max = lambda value: max(meeting.gather(rank, value))
     return world
 
 
-def run_ranks(size, hp, tokens, change=lambda rank, model: None):
+def run_ranks(size, hp, tokens, change=lambda rank, model: None, broken_sum=None, **options):
     """Per rank: score, losses, proof and weights, or the error that stopped it."""
     meeting, results = Meeting(size), [None] * size
 
     def one(rank):
         model, nll = random_model_of(rank, hp, change), torch.full((len(tokens) - 1,), math.nan)
-        world = rank_world(hp, rank, size, meeting)
+        world = rank_world(hp, rank, size, meeting, broken_sum)
         try:
             score, proof = tg.evaluate_ttt(
-                model, tokens, torch.arange(len(tokens) - 1) % 5, hp, world, tg.RunLog(None), nll=nll
+                model, tokens, torch.arange(len(tokens) - 1) % 5, hp, world, tg.RunLog(None), nll=nll, **options
             )
             results[rank] = score, nll, proof, model.state_dict()
         except tg.UserError as error:
@@ -278,6 +288,62 @@ def test_ranks_that_drift_apart_stop_the_run(size):
 
     results = run_ranks(size, settings(ttt_params="all"), some_text(), drift)
     assert all("weights differ after TTT chunk 0" in str(error) for error in results)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_every_chunk_ends_with_a_checksum(chunk):
+    """A sum of gradients that comes out otherwise on one of three ranks stops all, right after its chunk.
+
+    A chunk makes three sums: its score's, and one for each of its two steps.
+    """
+    results = run_ranks(3, settings(), some_text(), broken_sum=3 * chunk + 3)
+    assert all(f"weights differ after TTT chunk {chunk}" in str(error) for error in results)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_in_bf16_ranks_agree_too(size):
+    """From weights as training starts with, of which bf16 leaves more than of those that are drawn wide."""
+    hp, tokens = settings(dtype="bf16", ttt_optimizer="sgd", ttt_lr=0.1), some_text()
+    torch.manual_seed(3)
+    fresh = tg.GPT(hp).state_dict()
+
+    def scores(size, hp):
+        ranks = run_ranks(size, hp, tokens, lambda rank, model: model.load_state_dict(fresh))
+        assert len({proof["steps"] for _, _, proof, _ in ranks}) == 1
+        return [score.val_bpb for score, *_ in ranks]
+
+    one = scores(1, hp)
+    assert scores(size, hp) == pytest.approx(one * size, rel=0, abs=1e-4)
+    assert scores(1, dataclasses.replace(hp, dtype="fp32")) != pytest.approx(one, rel=0, abs=4e-4)
+    assert scores(1, dataclasses.replace(hp, ttt_lr=0.0)) != pytest.approx(one, rel=0, abs=4e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Compiled scoring
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_scoring_is_the_same_and_compiles_nothing_per_chunk():
+    """Weights move from chunk to chunk; there is one graph for the first window and one for all others."""
+    graphs, graphs_at, tokens = [], [], some_text()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tg.token_losses, dynamic=False, backend=backend)
+
+    def score_fn(*arguments):
+        losses = compiled(*arguments)
+        graphs_at.append(len(graphs))
+        return losses
+
+    hp = settings(num_layers=1, ve_layers=0, ttt_freeze_blocks=1)
+    _, losses, proof = run_ttt(hp, tokens, score_fn=score_fn)
+    torch.testing.assert_close(losses, run_ttt(hp, tokens)[1], rtol=1e-5, atol=1e-5)
+    assert proof["chunks"] == 6 and proof["weight_change"] > 0
+    assert graphs_at == [1, *[2] * (len(graphs_at) - 1)] and len(graphs_at) > 6
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -354,6 +420,13 @@ def test_pr601_trains_control_tensors():
     assert extra == {f"blocks.{i}.attn.c_{kind}.weight" for i in range(11) for kind in "qk"}
 
 
+def test_polyak_averages_nothing_unless_asked_to():
+    for preset in tg.PRESETS:
+        assert not tg.Hyperparameters.from_env({"PRESET": preset}).use_polyak
+    hp = settings()
+    assert not tg.ChunkTrainer(random_model(hp), hp, tg.World(hp, {})).polyak
+
+
 @pytest.mark.parametrize("kind, count", [("all", None), ("blocks", 1), ("control", None)])
 def test_only_the_chosen_parameters_move(kind, count):
     hp = settings(ttt_params=kind, ttt_freeze_blocks=count or 2)
@@ -428,15 +501,16 @@ class Loop:
                 }
                 norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
                 assert norm > hp.ttt_grad_clip  # the clip is part of the comparison
-                self.update(
-                    {name: g * hp.ttt_grad_clip / (norm + 1e-6) for name, g in grads.items()}, chunk, chunks
-                )
+                clip = hp.ttt_grad_clip / (norm + 1e-6) if hp.ttt_grad_clip else 1.0
+                self.update({name: g * clip for name, g in grads.items()}, chunk, chunks)
 
     @torch.no_grad()
     def update(self, grads, chunk, chunks):
-        lr = self.hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
         self.steps += 1
         for name, g in grads.items():
+            lr = self.hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+            if self.hp.ttt_perlayer_lr:
+                lr *= 3.0 if "mlp.proj" in name else 0.5 if "mlp.fc" in name else 1.0
             first = self.first.setdefault(name, torch.zeros_like(g))
             if self.hp.ttt_optimizer == "sgd":
                 self.first[name] = g = self.hp.ttt_momentum * first + g
@@ -455,14 +529,15 @@ class Loop:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(ttt_optimizer="adamw", ttt_lr=0.01),
-        dict(ttt_optimizer="sgd", ttt_lr=0.05, ttt_epochs=3, ttt_batch_seqs=1),
+        dict(ttt_optimizer="adamw", ttt_lr=0.01, ttt_perlayer_lr=1),
+        dict(ttt_optimizer="sgd", ttt_lr=0.05, ttt_momentum=0.9, ttt_epochs=3, ttt_batch_seqs=1),
+        dict(ttt_optimizer="sgd", ttt_lr=0.005, ttt_grad_clip=0, ttt_perlayer_lr=1),
         dict(ttt_optimizer="sgd", ttt_lr=0.05, use_polyak=1, polyak_decay=0.7, ttt_temperature=0.8),
     ],
-    ids=["adamw", "sgd", "polyak"],
+    ids=["adamw", "sgd", "no clip", "polyak"],
 )
 def test_ttt_equals_a_loop_written_out(changes):
-    hp = settings(ttt_params="all", ttt_grad_clip=0.2, **changes)
+    hp = settings(**{"ttt_params": "all", "ttt_grad_clip": 0.2} | changes)
     positions = 3 * SIZE + SEQ
     tokens = some_text(positions)
     model = random_model(hp, torch.float64)
@@ -520,23 +595,84 @@ def test_a_short_clock_stops_the_training_and_not_the_scoring(tmp_path):
     assert generous["untrained_from_chunk"] is None and generous["steps"] == 10
 
 
-def test_the_clock_is_forecast_from_what_chunks_took(monkeypatch):
+@pytest.fixture
+def slow(monkeypatch):
+    """Call with seconds(chunk): scoring a chunk takes them, and training on one a second, of a clock that is read."""
+    clock, evaluate = [0.0], tg.evaluate
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: clock[0])
+
+    def install(seconds):
+        chunks = itertools.count()
+
+        def later(*args, **kwargs):
+            clock[0] += seconds(next(chunks))
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr(tg, "evaluate", later)
+        spy_on_training(monkeypatch, lambda *_: clock.__setitem__(0, clock[0] + 1.0))
+        return clock
+
+    return install
+
+
+def test_the_clock_is_forecast_from_what_chunks_took(slow):
     """Ten seconds, one per chunk for scoring and one for training: six chunks need eleven, so one is not,
     and that is said before the clock has run out."""
-    now = [0.0]
-    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
-    evaluate = tg.evaluate
-
-    def slow(*args, **kwargs):
-        now[0] += 1.0
-        return evaluate(*args, **kwargs)
-
-    monkeypatch.setattr(tg, "evaluate", slow)
-    spy_on_training(monkeypatch, lambda *_: now.__setitem__(0, now[0] + 1.0))
+    clock = slow(lambda chunk: 1.0)
     _, nll, proof = run_ttt(settings(), some_text(), seconds=10.0)
     assert torch.isfinite(nll).all()
     assert proof["untrained_from_chunk"] in (3, 4)  # the forecast keeps a margin
-    assert now[0] <= 10.0
+    assert clock[0] <= 10.0
+
+
+def test_a_slow_first_chunk_forecasts_nothing(slow):
+    """A compiled scorer takes 100 seconds there and one later: 110 seconds are enough to train on all."""
+    clock = slow(lambda chunk: 100.0 if chunk == 0 else 1.0)
+    _, _, proof = run_ttt(settings(), some_text(), seconds=112.0)
+    assert proof["untrained_from_chunk"] is None and clock[0] == 110.0
+
+
+def test_progress_of_ttt(slow, tmp_path):
+    """20 seconds a chunk: a line for every one but the last, with the score so far and the steps taken."""
+    slow(lambda chunk: 20.0)
+    hp, tokens, counts = settings(), some_text(), torch.ones(POSITIONS, dtype=torch.int32)
+    nll, log = torch.full((POSITIONS,), math.nan), tg.RunLog(tmp_path)
+    tg.evaluate_ttt(random_model(hp), tokens, counts, hp, tg.World(hp, {}), log, nll=nll)
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "positions:" in line]
+    assert len(lines) == 5
+    for chunk, line in enumerate(lines):
+        done = (chunk + 1) * SIZE
+        bpb = float(nll[:done].double().mean()) / math.log(2)
+        seconds = 20 * (chunk + 1) + chunk
+        expected = (
+            f"ttt positions:{done}/{POSITIONS} val_bpb:{bpb:.4f} tokens/s:{done / seconds:.0f} "
+            f"left:{seconds * (POSITIONS - done) / done:.0f}s steps:{2 * chunk}"
+        )
+        assert line.endswith(expected)
+
+
+@pytest.mark.parametrize("slowest", [0, 1])
+def test_ranks_stop_training_together(monkeypatch, slowest):
+    """One rank's clock runs, the other's stands still: both leave off after the same chunk."""
+    evaluate, spent = tg.evaluate, {}
+    rank_of = threading.local()
+
+    def later(model, tokens, byte_counts, windows, world, *args, **kwargs):
+        rank_of.value = world.rank
+        spent[world.rank] = spent.get(world.rank, 0.0) + (world.rank == slowest)
+        return evaluate(model, tokens, byte_counts, windows, world, *args, **kwargs)
+
+    monkeypatch.setattr(tg, "evaluate", later)
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: spent.get(getattr(rank_of, "value", None), 0.0))
+    proofs = [proof for _, _, proof, _ in run_ranks(2, settings(), some_text(), seconds=5.5)]
+    assert proofs[0]["untrained_from_chunk"] == proofs[1]["untrained_from_chunk"] is not None
+    assert proofs[0]["steps"] == proofs[1]["steps"] > 0
+
+
+def test_weights_that_are_no_numbers_stop_the_run():
+    hp = settings(ttt_optimizer="sgd", ttt_params="all", ttt_lr=1e30)
+    with pytest.raises(tg.UserError, match="diverged in chunk 0; lower TTT_LR"):
+        run_ttt(hp, some_text())
 
 
 def test_ttt_learns_a_text_that_repeats():
