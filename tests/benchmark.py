@@ -465,9 +465,9 @@ def correlated_hessians(model: tg.GPT, device: torch.device) -> dict[str, Tensor
     return hessians
 
 
-def gptq_flops(out: int, n: int, clips: int = 8) -> float:
-    """Operations of a factorisation and its inverse, of the error updates, and of a search over clips."""
-    return 4 / 3 * n ** 3 + out * n * n + 2 * clips * out * n * n
+def gptq_flops(out: int, n: int) -> float:
+    """Operations of a factorisation and its inverse, and of the error updates."""
+    return 4 / 3 * n ** 3 + out * n * n
 
 
 GPTQ_STAGES = {"search_scales": "clip search", "round_to_grid": "plain rounding", "prune_smallest": "pruning",

@@ -1,6 +1,7 @@
 """The audit passes an honest run and catches every planted violation."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -198,7 +199,7 @@ def test_text_that_changes_the_scores_before_it_is_caught(run, monkeypatch):
 
     def chosen(model, tokens, byte_counts, hp, *args, **kwargs):
         low = 0.98 - 0.01 * float(tokens.double().mean()) / hp.vocab_size
-        return evaluate(model, tokens, byte_counts, audit.dataclasses.replace(hp, ttt_temperature=low),
+        return evaluate(model, tokens, byte_counts, dataclasses.replace(hp, ttt_temperature=low),
                         *args, **kwargs)  # fmt: skip
 
     monkeypatch.setattr(tg, "evaluate_ttt", chosen)
@@ -287,16 +288,35 @@ def test_a_wrong_tail_is_caught(copy, monkeypatch, layout, words, ttt):
     assert words in checks["each position once"].evidence
 
 
-def test_a_score_that_is_not_the_sum_of_its_losses_is_caught(run, monkeypatch):
+@pytest.mark.parametrize(
+    "field, change, name",
+    [
+        ("nats", lambda nats: nats * 0.999, "each position once"),
+        ("positions", lambda positions: positions + 64, "each position once"),
+        ("bytes", lambda count: count + 1, "bytes"),
+    ],
+)
+def test_a_score_that_is_not_the_sum_of_its_losses_is_caught(run, monkeypatch, field, change, name):
     evaluate = tg.evaluate_ttt
 
     def flattered(*args, **kwargs):
         score, proof = evaluate(*args, **kwargs)
-        return tg.Score(score.nats * 0.999, score.positions, score.bytes), proof
+        return dataclasses.replace(score, **{field: change(getattr(score, field))}), proof
 
     monkeypatch.setattr(tg, "evaluate_ttt", flattered)
     checks = checks_of(run)
-    assert failed(checks) == {"each position once"} and "nats" in checks["each position once"].evidence
+    assert failed(checks) == {name} and field in checks[name].evidence
+
+
+def test_a_pass_from_right_to_left_is_caught(copy, monkeypatch):
+    """Each position once, and not in order."""
+    change_result(copy, lambda result: result["scored_with"]["changed"].update(ttt_enabled=False))
+    layout = tg.sliding_windows
+    monkeypatch.setattr(tg, "sliding_windows", lambda *where: layout(*where)[::-1])
+    checks = checks_of(copy)
+    assert "each position once" in failed(checks)
+    evidence = checks["each position once"].evidence
+    assert "out of order" in evidence and "were not scored" not in evidence and "more than once" not in evidence
 
 
 def test_tokens_that_are_not_the_shards_are_caught(run, monkeypatch):
@@ -328,6 +348,22 @@ def test_a_wrong_byte_table_is_caught(run, monkeypatch, plant):
     assert failed(checks) == {"bytes"} and "the byte table is wrong" in checks["bytes"].evidence
     if plant is blanks_twice:
         assert "positions are charged other bytes" in checks["bytes"].evidence
+
+
+def test_a_rule_that_is_wrong_twice_is_caught(run, monkeypatch):
+    """Table and second rule agree on a blank too many; decoded text does not."""
+    build, read = tg.ByteTable.__init__, audit.ByteRule.of
+
+    def misread(processor):
+        rule = read(processor)
+        rule.size += rule.blank
+        return rule
+
+    monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), blanks_twice(self))[0])
+    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    monkeypatch.setattr(audit.ByteRule, "of", misread)
+    checks = checks_of(run)
+    assert failed(checks) == {"bytes"} and "not those of the decoded text" in checks["bytes"].evidence
 
 
 def test_bytes_that_are_not_those_of_the_text_are_caught(tiny):
@@ -413,11 +449,18 @@ def test_other_byte_counts_are_caught(copy):
     assert "code_bytes 70,000" in quick(copy)["script and artifact"].evidence
 
 
-def test_a_flattered_score_is_caught(copy):
-    change_result(copy, lambda result: result["bpb"].update(ttt=result["bpb"]["ttt"] - 0.001))
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda result: result["bpb"].update(ttt=result["bpb"]["ttt"] - 0.001), "+1.0e-03"),
+        (lambda result: result.update(val_bytes=result["val_bytes"] + 9), "val_bytes is"),
+        (lambda result: result.update(val_tokens=result["val_tokens"] - 64), "val_tokens is"),
+    ],
+)
+def test_a_flattered_result_is_caught(copy, change, words):
+    change_result(copy, change)
     checks = checks_of(copy, positions=None)
-    assert failed(checks) == {"ttt score of the run"}
-    assert "+1.0e-03" in checks["ttt score of the run"].evidence
+    assert failed(checks) == {"ttt score of the run"} and words in checks["ttt score of the run"].evidence
 
 
 def test_a_result_that_says_nothing_is_not_checked(copy):

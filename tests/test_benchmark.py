@@ -1,6 +1,5 @@
 """tests/benchmark.py: its baselines compute what the script computes, its figures are what they say."""
 import json
-import math
 import subprocess
 import sys
 import time
@@ -15,14 +14,14 @@ from conftest import ROOT
 import train_gpt as tg
 
 TINY = {
-    "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "8", "MLP_MULT": "2",
-    "VOCAB_SIZE": "128", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "16", "VE_DIM": "16", "VE_LAYERS": "1",
-    "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "256", "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32",
-    "TTT_CHUNK_TOKENS": "128", "TTT_BATCH_SEQS": "2", "GPTQ_CALIB_SEQUENCES": "4", "XSA_LAST_N": "1",
-    "VAL_BATCH_SIZE": "256"}
+    "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "8",
+    "MLP_MULT": "2", "XSA_LAST_N": "1", "VOCAB_SIZE": "128", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "16",
+    "VE_DIM": "16", "VE_LAYERS": "1", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "256",
+    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "VAL_BATCH_SIZE": "256", "TTT_CHUNK_TOKENS": "128",
+    "TTT_BATCH_SEQS": "2", "GPTQ_CALIB_SEQUENCES": "4"}
 WITHOUT_VE = {key: value for key, value in TINY.items() if not key.startswith("VE_")}
-ROW = {"name", "median_s", "min_s", "max_s", "repeats", "first_s", "extrapolated_times", "tokens_per_s", "tflops",
-       "matrix_share", "peak_memory_bytes", "ratio", "remark"}
+ROW = {"name", "median_s", "min_s", "max_s", "repeats", "first_s", "extrapolated_times", "tokens_per_s",
+       "tflops", "matrix_share", "peak_memory_bytes", "ratio", "remark"}
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +222,7 @@ def test_train(tmp_path, capsys):
         assert ours["ratio"] is None and plain["ratio"] == pytest.approx(plain["median_s"] / ours["median_s"])
     assert rows["step"]["tokens_per_s"] == pytest.approx(256 / rows["step"]["median_s"])
     printed = capsys.readouterr().out
-    assert "a step of 4096 tokens would take" in printed and "plain eager" in printed and "16 x 256" not in printed
+    assert "a step of 4096 tokens would take" in printed and "plain eager" in printed
     assert report["dtype"] == "bfloat16" and report["changed"]["num_layers"] == 2
 
 
@@ -246,12 +245,13 @@ def test_gptq(tmp_path, capsys):
     assert sum(row["extrapolated_times"] for row in loops) == 12
     assert all("extrapolated" in row["remark"] for row in loops)
     printed = capsys.readouterr().out
-    stages = dict(part.rsplit(" ", 2)[:2] for part in printed.split("stages: ")[1].splitlines()[0].split(", "))
-    assert {"clip search", "column loop", "factorisation", "rest"} <= stages.keys()
+    stages = printed.split("stages: ")[1].splitlines()[0].split(", ")
+    assert {"column loop", "factorisation", "rest"} <= {stage.rsplit(" ", 2)[0] for stage in stages}
 
 
 def test_data(tmp_path, corpus, capsys):
-    report = run(tmp_path, "data", "--no-start", TOKENIZER_PATH=corpus["TOKENIZER_PATH"], VOCAB_SIZE="512")
+    tokenizer = {"TOKENIZER_PATH": corpus["TOKENIZER_PATH"], "VOCAB_SIZE": "512"}
+    report = run(tmp_path, "data", "--no-start", **tokenizer)
     assert set(check_rows(report)) == {"read_shard", "TokenStream.step", "ByteTable.count"}
     report = run(tmp_path, "data", "--no-start", TOKENIZER_PATH="nowhere.model")
     assert set(check_rows(report)) == {"read_shard", "TokenStream.step"}
@@ -259,7 +259,7 @@ def test_data(tmp_path, corpus, capsys):
 
 
 def test_launch_to_first_step_ends_the_run_there(tmp_path):
-    code = "import time; print('header', flush=True); time.sleep(0.3); print('step:1/9 x', flush=True); time.sleep(60)"
+    code = "import time; print('header'); time.sleep(0.3); print('step:1/9 x', flush=True); time.sleep(60)"
     assert 0.3 < benchmark.first_step_seconds([sys.executable, "-c", code], {}, str(tmp_path)) < 20
     with pytest.raises(tg.UserError, match="before its first step: error: no shards"):
         benchmark.first_step_seconds([sys.executable, "-c", "print('error: no shards')"], {}, str(tmp_path))
@@ -305,6 +305,6 @@ def test_device_that_is_not_there(capsys, tmp_path):
 
 
 def test_help_shows_examples():
-    done = subprocess.run([sys.executable, str(ROOT / "tests/benchmark.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "examples:" in done.stdout and "--versus" in done.stdout
-    assert math.isfinite(benchmark.POSITIONS) and "benchmark.py train" in done.stdout
+    command = [sys.executable, str(ROOT / "tests/benchmark.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "examples:\n    python tests/benchmark.py train" in done.stdout
