@@ -2237,8 +2237,9 @@ def search_scales(weight: Tensor, importance: Tensor, max_code: int) -> Tensor:
     best, best_error = full, torch.full_like(full, math.inf)
     for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54):
         scales = storable(full * share)
-        error = weight - round_to_grid(weight, scales, max_code).dequantize()
-        weighted = (error.square() @ importance.unsqueeze(-1)).squeeze(-1)
+        codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
+        error = torch.addcmul(weight, codes, scales.unsqueeze(-1), value=-1)
+        weighted = (error.square_() @ importance.unsqueeze(-1)).squeeze(-1)
         best, best_error = torch.where(weighted < best_error, scales, best), torch.minimum(weighted, best_error)
     return best
 
