@@ -2223,7 +2223,7 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
         factor[bad], failed[bad] = again.to(factor.dtype), still
         extra = max(10 * extra, 0.01)
         if extra > 1e6:
-            raise ValueError("a hessian cannot be factorised, however damped; its entries overflow")
+            raise UserError("a hessian cannot be factorised: its entries overflow; QUANTIZER=rtn does without")
     return torch.linalg.solve_triangular(factor.flip(-2, -1), eye.expand_as(hessian), upper=True)
 
 
@@ -3038,9 +3038,6 @@ def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, r
                  code_bytes: int) -> None:
     """Calibrate on training tokens, quantise, pack, write artifact.bin."""
     path = folder / "model.pt"
-    result.pop("artifact", None)  # what an earlier call left is not this model's
-    if world.rank == 0:
-        (folder / "artifact.bin").unlink(missing_ok=True)
     world.barrier()
     weights = torch.load(path, map_location=world.device, weights_only=True)
     model = GPT(hp)
