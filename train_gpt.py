@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ try:
     import torch.nn.functional as F
     import zstandard
     from torch import Tensor, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as missing:  # a silent fallback from zstd to zlib has put artifacts over the cap
     raise SystemExit(f"error: {missing}; run `pip install -r requirements.txt`, or use ./run.sh") from None
 
@@ -931,6 +933,38 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
+SDPA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+                "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+
+def sdpa_by(first: str) -> Callable:
+    """sdpa_attention by the named kernel, by another one where that does not take the input."""
+    order = [SDPA_KERNELS[first], *(kernel for name, kernel in SDPA_KERNELS.items() if name != first)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa_attention(q, k, v)
+    return attend
+
+
+def time_sdpa(hp: Hyperparameters, world: World) -> dict[str, float]:
+    """Milliseconds of a layer's attention, forward and backward, by each of PyTorch's fused kernels that runs here."""
+    B, T, width = max(16384 // hp.train_seq_len, 1), hp.train_seq_len, hp.model_dim // hp.num_heads
+    q, k, v = (torch.ones(B, T, heads, width, device=world.device, dtype=world.dtype, requires_grad=True)
+               for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads))
+    fastest: dict[str, float] = {}
+    for name, kernel in list(SDPA_KERNELS.items())[:-1]:  # math writes the scores out: never the fastest, often too big
+        with sdpa_kernel(kernel), contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
+            for _ in range(4):
+                world.synchronize()
+                start = time.perf_counter()
+                out = sdpa_attention(q, k, v)
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+                world.synchronize()
+                fastest[name] = min(fastest.get(name, math.inf), 1000 * (time.perf_counter() - start))
+    return fastest
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with the scores written out, a block of queries at a time against the keys before its end.
 
@@ -1374,7 +1408,7 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
     tokens       (positions + 1,) int32 on any device; byte_counts (positions,) int, bytes of each target
     windows      from sliding_windows, or a part of them
     batch_tokens tokens per forward pass and rank; the result does not depend on it, nor on the number of ranks
-    score_fn     token_losses or its compiled form
+    score_fn     token_losses or its compiled form, which is given whole batches only: a rare shape is not worth a graph
     nll          (positions,) float32 on the CPU: receives this rank's losses, for audits
     Returns the same Score on every rank; sums are float64.
     """
@@ -1385,10 +1419,9 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
         length, scored = batch[0][1] - batch[0][0], batch[0][1] - batch[0][2]
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=tokens.device)
         text = tokens[index].to(world.device, torch.int64, non_blocking=True)
-        if score_fn is not token_losses:  # a compiled one wants one shape: fill up with copies of the last window
-            text = torch.cat((text, text[-1:].expand(max(batch_tokens // length, 1) - len(batch), -1)))
+        whole = len(batch) == max(batch_tokens // length, 1)
         with world.autocast():
-            losses = score_fn(model, text[:, :-1], text[:, 1:], scored, temperature)[: len(batch)]
+            losses = (score_fn if whole else token_losses)(model, text[:, :-1], text[:, 1:], scored, temperature)
         where = index[:, length - scored: length].to(byte_counts.device)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
@@ -1770,15 +1803,13 @@ def activation_bytes(hp: Hyperparameters) -> float:
 
 def micro_batch(hp: Hyperparameters, world: World, sequences: int) -> int:
     """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as fit into the device's memory."""
-    if hp.grad_accum_steps:
-        steps = hp.grad_accum_steps
-    elif world.device.type == "cuda":
-        free = torch.cuda.mem_get_info(world.device)[0] * 0.7
-        steps = math.ceil(sequences * hp.train_seq_len * activation_bytes(hp) / free)
+    if world.device.type == "cuda":
+        tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp)
     else:
-        steps = math.ceil(sequences * hp.train_seq_len / 16384)
-    steps = min(max(steps, 1), max(sequences, 1))
-    return max(math.ceil(sequences / steps), 1)
+        tokens = 16384
+    least = max(math.ceil(sequences * hp.train_seq_len / tokens), 1)
+    equal = next((n for n in range(least, 2 * least) if sequences % n == 0), least)  # parts of one size share a graph
+    return max(math.ceil(sequences / (hp.grad_accum_steps or equal)), 1)
 
 
 class Stopwatch:
@@ -2843,7 +2874,8 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
     for window in windows:  # a window belongs to the chunk of its first scored position
         parts[window[2] // size].append(window)
     trainer = ChunkTrainer(model, hp, world)
-    batch_tokens = scoring_batch_tokens(hp, world)
+    in_chunk = max(size // hp.eval_stride // world.size, 1)  # windows per rank: batches of one shape in every chunk
+    batch_tokens = min(scoring_batch_tokens(hp, world), in_chunk * hp.eval_seq_len)
     log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{trainer.trained} "
         f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
         f"batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")
@@ -2921,20 +2953,22 @@ def choose_attention(hp: Hyperparameters, model: GPT, world: World) -> str:
     if fa3 is None and hp.attention == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package; "
                         "use ATTENTION=auto")
-    on_cpu = world.device.type == "cpu"
-    for block in model.blocks:
-        block.attn.attend = fa3 or (cpu_attention if on_cpu and hp.attention == "auto" else sdpa_attention)
     if fa3:
-        return "flash-attention-3"
-    if on_cpu:
-        return "dense in blocks in bf16, else sdpa-flash" if hp.attention == "auto" else "sdpa-flash"
-    q, kv = (torch.zeros(1, heads, 128, hp.model_dim // hp.num_heads, device=world.device, dtype=world.dtype)
-             for heads in (hp.num_heads, hp.num_kv_heads))
-    params = torch.backends.cuda.SDPAParams(q, kv, kv, None, 0.0, True, hp.num_heads != hp.num_kv_heads)
-    hopper = torch.cuda.get_device_capability(world.device)[0] == 9 and hp.attention == "auto"
-    missing = " (FlashAttention 3 is not installed; with it a Hopper GPU takes more steps)" if hopper else ""
-    return f"sdpa-flash{missing}" if torch.backends.cuda.can_use_flash_attention(params) else \
-        "sdpa-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "sdpa-math"
+        attend, name = fa3, "flash-attention-3"
+    elif world.device.type == "cpu" and hp.attention == "auto":
+        attend, name = cpu_attention, "dense in blocks in bf16, else sdpa-flash"
+    else:
+        timings = time_sdpa(hp, world)
+        best = min(timings, key=timings.get, default="math")
+        same = world.broadcast_(torch.tensor(list(SDPA_KERNELS).index(best), device=world.device))
+        best = list(SDPA_KERNELS)[same.item()]
+        attend = sdpa_by(best)
+        name = f"sdpa-{best} (milliseconds per layer and 16,384 tokens: {key_values(timings)})"
+        if half_on_cuda and torch.cuda.get_device_capability(world.device)[0] == 9 and hp.attention == "auto":
+            name += " (FlashAttention 3 is not installed; with it a Hopper GPU takes more steps)"
+    for block in model.blocks:
+        block.attn.attend = attend
+    return name
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """The model against a dense float64 restatement, parameter by parameter and technique by technique."""
 
+import dataclasses
 import functools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -390,13 +392,43 @@ def test_every_technique_is_a_parameter_or_a_switch():
 
 
 @pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-@pytest.mark.parametrize("kernel", ["sdpa_attention", "dense_attention", "cpu_attention"])
+@pytest.mark.parametrize("kernel", ["sdpa_attention", "dense_attention", "cpu_attention", *tg.SDPA_KERNELS])
 def test_every_attention_kernel_equals_the_reference(config, kernel):
+    """A kernel of SDPA that does not run here leaves the work to the next one."""
     model = build(config)
     for block in model.blocks:
-        block.attn.attend = getattr(tg, kernel)
+        block.attn.attend = tg.sdpa_by(kernel) if kernel in tg.SDPA_KERNELS else getattr(tg, kernel)
     with torch.no_grad():
         assert relative_error(model(some_tokens()), expected_logits(config)) <= 1e-5
+
+
+def test_the_fastest_sdpa_kernel_is_taken_and_named(monkeypatch):
+    """Measured where it runs; what does not run on a CPU has no time."""
+    model = build("pr601")
+    hp = dataclasses.replace(model.hp, attention="sdpa", train_seq_len=32)
+    world = tg.World(hp, {})
+    assert set(tg.time_sdpa(hp, world)) == {"flash"} and 0 < tg.time_sdpa(hp, world)["flash"] < 10_000
+    assert tg.choose_attention(hp, model, world).startswith("sdpa-flash (milliseconds")
+    chosen = []
+    monkeypatch.setattr(tg, "sdpa_by", lambda name: chosen.append(name) or tg.sdpa_attention)
+    for timings in ({"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}, {"efficient": 1.0}, {}):
+        monkeypatch.setattr(tg, "time_sdpa", lambda *_, timings=timings: timings)
+        assert tg.choose_attention(hp, model, world).startswith(f"sdpa-{chosen[-1]} ")
+    assert chosen == ["cudnn", "efficient", "math"]
+    asked = []
+    monkeypatch.undo()
+    monkeypatch.setattr(tg, "sdpa_kernel", lambda order, **given: asked.append((order[0], given)) or nullcontext())
+    assert torch.isfinite(tg.sdpa_by("cudnn")(*torch.randn(3, 1, 4, 2, 8))).all()
+    assert asked == [(tg.SDPBackend.CUDNN_ATTENTION, {"set_priority": True})]
+
+
+def test_a_chosen_sdpa_kernel_breaks_no_graph():
+    model = build("pr601")
+    for block in model.blocks:
+        block.attn.attend = tg.sdpa_by("flash")
+    torch._dynamo.reset()
+    whole = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert relative_error(whole(some_tokens()), expected_logits("pr601")) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

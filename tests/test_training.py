@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -207,6 +208,27 @@ def test_micro_steps_add_up_to_the_batch(hp):
             torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-6)
     for vector in vectors[1:]:
         torch.testing.assert_close(vector, vectors[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 40, 80, 141])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, gigabytes, ranks):
+    """Micro-batches fit into 70 % of the memory, fill at least a third of that, and are all of one size."""
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (gigabytes * 10**9, gigabytes * 10**9))
+    sequences = hp.train_batch_tokens // hp.train_seq_len // ranks
+    micro = tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), sequences)
+    share = micro * hp.train_seq_len * tg.activation_bytes(hp) / (0.7 * gigabytes * 10**9)
+    assert share <= 1 and (share > 1 / 3 or micro == sequences)
+    assert sequences % micro == 0
+
+
+def test_micro_batches_without_an_equal_split_are_as_few_as_fit(monkeypatch):
+    """71 sequences are prime: nine parts of eight, the last of seven, rather than 71 of one."""
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
+    eight = 8.5 * hp.train_seq_len * tg.activation_bytes(hp) / 0.7
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (eight, eight))
+    assert tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), 71) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_in_bf16_ranks_agree_too(size):
 
 
 def test_compiled_scoring_is_the_same_and_compiles_nothing_per_chunk():
-    """Weights move from chunk to chunk; there is one graph for the first window and one for all others."""
+    """Weights move from chunk to chunk; the windows of all chunks share one graph, the first one is scored eagerly."""
     graphs, graphs_at, tokens = [], [], some_text()
 
     def backend(graph, inputs):
@@ -343,7 +343,7 @@ def test_compiled_scoring_is_the_same_and_compiles_nothing_per_chunk():
     _, losses, proof = run_ttt(hp, tokens, score_fn=score_fn)
     torch.testing.assert_close(losses, run_ttt(hp, tokens)[1], rtol=1e-5, atol=1e-5)
     assert proof["chunks"] == 6 and proof["weight_change"] > 0
-    assert graphs_at == [1, *[2] * (len(graphs_at) - 1)] and len(graphs_at) > 6
+    assert graphs_at == [1] * 4  # not the first chunk, which the first window shortens, and not the last, with the tail
 
 
 # ----------------------------------------------------------------------------------------------------------
