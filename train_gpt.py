@@ -1374,9 +1374,14 @@ def window_batches(windows: list[tuple[int, int, int]], batch_tokens: int) -> It
         yield batch
 
 
-def scoring_batch_tokens(hp: Hyperparameters, world: World) -> int:
-    """Tokens per scoring batch and rank; small ones keep a CPU's caches warm (1.7x from 32 to 4 windows of 2,048)."""
-    return max(hp.eval_seq_len, min(hp.val_batch_size // world.size, 131072 if world.device.type == "cuda" else 4096))
+def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.inf) -> int:
+    """Tokens per scoring batch and rank; small ones keep a CPU's caches warm (1.7x from 32 to 4 windows of 2,048).
+
+    Where `chunk` positions are scored at a time with EVAL_STRIDE, no more than they have windows for.
+    """
+    most = 131072 if world.device.type == "cuda" else 4096
+    in_chunk = chunk // hp.eval_stride // world.size * hp.eval_seq_len
+    return int(max(hp.eval_seq_len, min(hp.val_batch_size // world.size, most, in_chunk)))
 
 
 class Progress:
@@ -2874,8 +2879,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, hp: Hyperparam
     for window in windows:  # a window belongs to the chunk of its first scored position
         parts[window[2] // size].append(window)
     trainer = ChunkTrainer(model, hp, world)
-    in_chunk = max(size // hp.eval_stride // world.size, 1)  # windows per rank: batches of one shape in every chunk
-    batch_tokens = min(scoring_batch_tokens(hp, world), in_chunk * hp.eval_seq_len)
+    batch_tokens = scoring_batch_tokens(hp, world, size)
     log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{trainer.trained} "
         f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
         f"batch:{hp.ttt_batch_seqs}x{trainer.seq_len}")

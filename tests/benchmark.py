@@ -610,7 +610,7 @@ def bench_ttt(bench: Bench) -> None:
     ones = torch.ones(len(tokens) - 1, dtype=torch.uint8, device=world.device)
     windows = tg.sliding_windows(T + size, T, hp.eval_stride)[1:]
     trainer = tg.ChunkTrainer(model, hp, world)
-    score = partial(tg.evaluate, model, tokens, ones, windows, world, tg.scoring_batch_tokens(hp, world),
+    score = partial(tg.evaluate, model, tokens, ones, windows, world, tg.scoring_batch_tokens(hp, world, size),
                     hp.ttt_temperature, score_fn)
     flops = len(windows) * T * forward_flops(model, T, hp.eval_stride / T) / world.size
     remark = f"{size} positions, stride {hp.eval_stride} of {T}"
