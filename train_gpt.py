@@ -857,7 +857,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class RMSNorm(torch.autograd.Function):
-    """F.rms_norm without a weight, three times faster on a CPU: two passes forward, three backward."""
+    """F.rms_norm without a weight, its scale in the dtype of x, three times faster on a CPU: five passes in all."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -1941,8 +1941,7 @@ class Reports:
                 event.synchronize()
             self.loss, clock, stop = slots[:3].tolist()
             if not math.isfinite(self.loss):
-                raise UserError(f"the loss of step {step + 1} is {self.loss}; lower MATRIX_LR, SCALAR_LR or "
-                                f"TIED_EMBED_LR{self.last_checkpoint()}")
+                raise UserError(f"the loss of step {step + 1} is {self.loss}; {self.remedy()}")
             self.clock = clock / self.world.size
             self.stopping |= stop > 0
             seconds = self.watch.elapsed
@@ -1951,6 +1950,10 @@ class Reports:
                 self.log(self.line(step + 1, scale, seconds))
             else:
                 self.log.status(self.line(step + 1, scale, seconds, brief=True))
+
+    def remedy(self) -> str:
+        """What to do about numbers that are not finite."""
+        return f"lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR{self.last_checkpoint()}"
 
     def last_checkpoint(self) -> str:
         """Where a run that ends here can be taken up again."""
@@ -1985,10 +1988,11 @@ FREE_ON_RESUME = ("run_id", "stages", "artifact", "resume", "device", "compile",
                   "skip_sliding", "use_polyak", "polyak_decay")
 
 
-def settings_that_matter(hp: Hyperparameters) -> dict[str, object]:
-    """The settings that a checkpoint must share with the run that resumes it."""
+def settings_that_matter(hp: Hyperparameters, world: World, stream: TokenStream) -> dict[str, object]:
+    """What a checkpoint must share with the run that resumes it: settings, arithmetic, and how much text there is."""
     return {key: value for key, value in dataclasses.asdict(hp).items()
-            if key not in FREE_ON_RESUME and not key.startswith(("eval_", "ttt_"))}
+            if key not in FREE_ON_RESUME and not key.startswith(("eval_", "ttt_"))
+            } | {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
 
 
 CHECKPOINT_KEYS = {"settings", "step", "elapsed", "weights", "muon", "adamw", "position", "multiplier", "qat_proof",
@@ -2005,8 +2009,8 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
-    """The newest checkpoint of a run, refused where the settings differ."""
+def load_checkpoint(folder: Path, settings: Mapping[str, object]) -> dict:
+    """The newest checkpoint of a run, refused where what settings_that_matter returns differs."""
     paths = [path for name in ("checkpoint.pt", "checkpoint.previous.pt") if (path := folder / name).exists()]
     if not paths:
         raise UserError(f"RESUME=1, but {folder} has no checkpoint.pt; start without RESUME, under another RUN_ID")
@@ -2017,8 +2021,7 @@ def load_checkpoint(folder: Path, hp: Hyperparameters) -> dict:
                         f"before it") from None
     if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
         raise UserError(f"{paths[0]} is not a checkpoint of this script; delete it to resume from the one before it")
-    mine = settings_that_matter(hp)
-    if differ := [key.upper() for key in mine if state["settings"].get(key) != mine[key]]:
+    if differ := [key.upper() for key, value in settings.items() if state["settings"].get(key) != value]:
         raise UserError(f"the checkpoint in {folder} was made with other settings: {', '.join(differ)}; resume with "
                         f"the same settings, or start another RUN_ID")
     return state
@@ -2101,8 +2104,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
                             f"{hp.max_wallclock_seconds:.0f}; raise it or lower GPTQ_CALIB_SEQUENCES")
 
     ema, swa, watch, step, qat_proof = EMA(flat.weights, hp.ema_decay), SWA(), Stopwatch(), 0, {}
+    matters = settings_that_matter(hp, world, stream)
     if hp.resume:
-        state = load_checkpoint(folder, hp)
+        state = load_checkpoint(folder, matters)
         stepper.load_state(state)
         ema.average.copy_(state["ema"])
         swa.count, swa.average = state["swa_count"], None if state["swa"] is None else state["swa"].to(world.device)
@@ -2117,7 +2121,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         state = stepper.state()
         if world.rank == 0:
             save_checkpoint(folder, state | dict(
-                settings=settings_that_matter(hp), step=step, elapsed=watch.elapsed, qat_proof=qat_proof,
+                settings=matters, step=step, elapsed=watch.elapsed, qat_proof=qat_proof,
                 ema=ema.average.cpu(), swa=None if swa.average is None else swa.average.cpu(), swa_count=swa.count))
         reports.saved = step
         world.barrier()  # no rank may end, and take the others with it, before the file is whole
@@ -2143,7 +2147,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             log.metric("validation", step=step, loss=score.val_loss, bpb=score.val_bpb, seconds=watch.elapsed)
             watch.start()
         # 2. late QAT: settle the grid when it starts
-        qat_on = qat_active(hp, scale)
+        qat_on = bool(qat_proof) or qat_active(hp, scale)  # a clock's scale may rise again for a step
         if qat_on and not qat_proof:
             qat.multiplier = world.max(forecast(flat.views(flat.weights))[0])
             qat_proof = {"first_step": step + 1, "multiplier": qat.multiplier, "distance_before": qat.distance()}
@@ -2165,7 +2169,9 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     reports.read(lag=0)
     world.synchronize()
     watch.stop()
-    if reports.stopping:
+    if not torch.isfinite(flat.weights).all():
+        raise UserError(f"the weights are not finite after step {step}; {reports.remedy()}")
+    if world.max(float(stop_requested.is_set())):  # also one that came in the last step
         checkpoint()
         raise Interrupted(f"stopped by SIGTERM after step {step}{reports.last_checkpoint()}; "
                           f"RUN_ID={folder.name} RESUME=1 continues from there")
@@ -2175,7 +2181,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     budget.add("train", seconds)
     step_ms = 1000 * (seconds - reports.first_second) / max(step - reports.first_step, 1)
     facts = {"params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
-             "step_ms": step_ms, "tokens_seen": step * hp.train_batch_tokens, "last_train_loss": reports.loss,
+             "step_ms": step_ms, "tokens_seen": step * hp.train_batch_tokens,
              "compiled": compiling, "peak_memory": world.peak_memory(), "reserve_seconds": reserve}
     log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{step_ms:.2f}ms tokens:{facts['tokens_seen']} "
         f"peak_memory:{facts['peak_memory'] / 2**20:.0f}MiB")
@@ -3018,10 +3024,13 @@ def read_result(folder: Path) -> dict:
 
 
 def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, result: dict, budget: Budget,
-              validation: Validation, code_bytes: int) -> None:
-    """Train, write model.pt, score the averaged weights."""
+              validation: Validation, code_bytes: int, save: Callable[[], None]) -> None:
+    """Train, write model.pt and what is known so far, score the averaged weights."""
     shards = read_split(hp.data_path, "train")
     stream = TokenStream(shards)
+    if hp.averaging == "best" and len(stream.held_out) < 2:
+        raise UserError(f"AVERAGING=best compares on a hundredth of the last training shard, which has only "
+                        f"{len(shards[-1])} tokens; use AVERAGING=ema")
     log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} "
         f"held_out:{len(stream.held_out)}")
     model = GPT(hp).to(world.device)
@@ -3047,6 +3056,8 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
         return (calibrated - start) * hp.gptq_calib_sequences / share + 2 * solved  # a first file may miss the limit
 
     def forecast(weights: Tensors) -> tuple[float, float]:
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+            return 1.0, math.nan  # the next loss will end the run
         rate = RateForecast(weights, hp)
         multiplier = rate.multiplier((hp.artifact_limit - code_bytes) * MARGIN)
         return multiplier, rate.bytes(multiplier)
@@ -3059,17 +3070,18 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
     for name, proof in {**trained.proofs["techniques"], "qat": trained.proofs["qat"]}.items():
         if proof:
             log(f"proof technique:{name} {key_values(proof)}")
-    with budget.phase("float", counted=False):
-        score = validation.score(model, hp, world, log, hp.eval_seq_len, "float")
-    log(f"final_float {score}")
     result |= trained.facts
-    result["bpb"]["float"], result["val_loss"]["float"] = score.val_bpb, score.val_loss
     result["proofs"] |= trained.proofs
     result["qat_ran"] = trained.qat_ran
     if world.rank == 0:
         buffer = io.BytesIO()
         torch.save(trained.weights, buffer)
         write_atomically(folder / "model.pt", buffer.getvalue())
+    save()
+    with budget.phase("float", counted=False):
+        score = validation.score(model, hp, world, log, hp.eval_seq_len, "float")
+    log(f"final_float {score}")
+    result["bpb"]["float"], result["val_loss"]["float"] = score.val_bpb, score.val_loss
 
 
 def run_quantize(hp: Hyperparameters, world: World, log: RunLog, folder: Path, result: dict, budget: Budget,
@@ -3205,7 +3217,7 @@ def run(hp: Hyperparameters, world: World) -> None:
             write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
 
     if "train" in stages:
-        run_train(hp, world, log, folder, result, training, validation, len(source))
+        run_train(hp, world, log, folder, result, training, validation, len(source), save)
         save()
     if "quantize" in stages:
         run_quantize(hp, world, log, folder, result, training, len(source))

@@ -128,7 +128,8 @@ def test_smoke_switches_every_technique_on_and_counts_steps():
     hp = from_env({"PRESET": "smoke"})
     assert hp.value_residual and hp.gated_attention and hp.ve_enabled and hp.xsa_last_n
     assert hp.bigram_vocab_size and hp.smear_gate and hp.late_qat and hp.soft_round_qat
-    assert hp.averaging == "ema" and hp.ttt_enabled
+    assert hp.averaging == "ema" and hp.ttt_enabled and hp.smear_reset_at_bos
+    assert not any(from_env({"PRESET": other}).smear_reset_at_bos for other in ("pr606", "pr601"))
     assert hp.quantizer == "gptq" and (hp.attn_bits, hp.mlp_bits) == (5, 5) and hp.prune_pct > 0
     assert not hp.skip_sliding and hp.max_wallclock_seconds == 0 and 2 <= hp.num_layers <= 4
 

@@ -486,6 +486,13 @@ def test_best_never_looks_at_validation(recorded, tiny, tmp_path):
     assert same_weights(exported(tmp_path), exported(folder))
 
 
+def test_best_needs_something_held_out(capsys, tmp_path, tiny):
+    shutil.copytree(tiny["DATA_PATH"], tmp_path / "data")
+    write_shard(tmp_path / "data/fineweb_train_000002.bin", [1] * 150)
+    assert start(tmp_path, tiny | {"AVERAGING": "best", "DATA_PATH": str(tmp_path / "data")}) == 1
+    assert "150 tokens" in one_line_error(capsys)
+
+
 def test_the_log_lists_groups_that_hold_every_parameter(recorded, hp):
     text = (recorded["none"][0] / "logs/run/log.txt").read_text()
     pattern = r"^optimiser group:(\w+) .*tensors:(\d+) params:(\d+) lr:(\S+) weight_decay:(\S+)"
@@ -542,6 +549,24 @@ def test_a_checkpoint_holds_finite_weights_only(monkeypatch, capsys, tmp_path, t
     state = torch.load(tmp_path / "logs/run/checkpoint.pt", weights_only=True)
     assert state["step"] == 5
     assert torch.isfinite(state["weights"]).all() and torch.isfinite(state["ema"]).all()
+
+
+@pytest.mark.parametrize("last", [14, 24])
+def test_an_update_that_ruins_the_weights_at_a_log_step_or_at_the_end(
+    monkeypatch, capsys, tmp_path, tiny, last
+):
+    """Step 14 of the warmdown is followed by a forecast of the bytes, step 24 by the export."""
+
+    def poison(stepper, n):
+        if n == last:
+            stepper.flat.weights.fill_(math.nan)
+
+    watch_steps(monkeypatch, after=poison)
+    assert start(tmp_path, tiny | {"WARMUP_STEPS": "0", "TRAIN_LOG_EVERY": "1", "CHECKPOINT_EVERY": "10"}) == 1
+    message = one_line_error(capsys)
+    assert ("step 15 is nan" if last == 14 else "not finite after step 24") in message
+    assert f"checkpoint is of step {last // 10 * 10}" in message
+    assert not (tmp_path / "logs/run/model.pt").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -702,7 +727,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that_one(tmp_path, tiny
     assert max(losses(tmp_path)) == 8
     whole = [path for path in (tmp_path / "logs/run").glob("checkpoint*.pt")]
     assert [torch.load(path, weights_only=True)["step"] for path in whole] == [4]
-    kept = tg.load_checkpoint(tmp_path / "logs/run", tg.Hyperparameters.from_env(tiny | QUIET | SAVING))
+    kept = tg.load_checkpoint(tmp_path / "logs/run", settings={})
     reference = losses(uninterrupted)
     assert kept["step"] == 4 and losses(tmp_path) == {step: reference[step] for step in range(1, 9)}
     if moment == "half written":
@@ -741,6 +766,72 @@ def test_sigterm_writes_a_checkpoint(tmp_path, tiny):
     (tmp_path / "b").mkdir()
     kill_at(tmp_path / "b", env, max(after) + 1)
     assert after == losses(tmp_path / "b") and len(after) == len(before) + 3
+
+
+def test_sigterm_in_the_last_step_loses_nothing(monkeypatch, tmp_path, tiny, uninterrupted):
+    def terminate(_, n):
+        if n == 2 + 24:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        watch_steps(patch, after=terminate)
+        assert start(tmp_path, tiny | SAVING) == 143
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert not (tmp_path / "logs/run/model.pt").exists()
+    assert start(tmp_path, tiny | SAVING | {"RESUME": "1"}) == 0
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert same_weights(exported(tmp_path), exported(uninterrupted))
+
+
+def test_a_resume_on_another_amount_of_text_is_refused(capsys, tmp_path, tiny):
+    """More shards under the same path would move the held-out tail and the end of the epoch."""
+    shutil.copytree(tiny["DATA_PATH"], tmp_path / "data")
+    env = tiny | SAVING | {"DATA_PATH": str(tmp_path / "data")}
+    kill_at(tmp_path, env, 6)
+    write_shard(tmp_path / "data/fineweb_train_000002.bin", [1] * 5000)
+    assert start(tmp_path, env | {"RESUME": "1"}) == 1
+    assert "TRAIN_TOKENS" in one_line_error(capsys)
+
+
+def test_a_model_is_saved_before_it_is_scored(monkeypatch, tmp_path, tiny):
+    """A run that dies while it scores can go on with STAGES=quantize,evaluate, on the grid of its QAT."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.Validation, "score", mock.Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            start(tmp_path, tiny)
+    assert exported(tmp_path) and result(tmp_path)["qat_ran"] and result(tmp_path)["steps"] == 24
+    assert start(tmp_path, tiny | {"STAGES": "quantize,evaluate"}) == 0
+    assert result(tmp_path)["bpb"]["ttt"] < 6
+
+
+def test_the_schedules_reach_the_optimiser(monkeypatch, tmp_path, tiny, hp):
+    applied, step = [], tg.Optimisers.step
+
+    def spied(self, scale, momentum):
+        applied.append((scale, momentum))
+        step(self, scale, momentum)
+        rates = [group["lr"] for group in self.groups]
+        assert rates == pytest.approx([scale * lr for lr in (hp.matrix_lr, hp.tied_embed_lr, hp.scalar_lr)])
+        assert self.muon.param_groups[0]["momentum"] == momentum
+
+    monkeypatch.setattr(tg.Optimisers, "step", spied)
+    assert start(tmp_path, tiny | {"WARMUP_STEPS": "0"}) == 0
+    assert applied == [(tg.lr_scale(hp, i), tg.muon_momentum(hp, i)) for i in range(24)]
+    assert applied[0][1] < applied[-1][1] and applied[-1][0] < applied[0][0]
+
+
+def test_late_qat_stays_on_when_the_clock_relents(monkeypatch, tmp_path, tiny):
+    """By the clock a fast step after a slow one can raise the learning rate above the threshold again."""
+    on, step = [], tg.Stepper.step
+
+    def spied(self, scale, momentum, qat_on, *args):
+        on.append(qat_on)
+        step(self, scale, momentum, qat_on, *args)
+
+    monkeypatch.setattr(tg.Stepper, "step", spied)
+    monkeypatch.setattr(tg, "lr_scale", lambda hp, step, *_: 0.4 if step in (3, 6) else 0.8)
+    assert start(tmp_path, tiny | {"WARMUP_STEPS": "0", "ITERATIONS": "8"}) == 0
+    assert on == [False] * 3 + [True] * 5
 
 
 # ----------------------------------------------------------------------------------------------------------
