@@ -807,7 +807,7 @@ def max_code_of(bits: int) -> int:
 SCALE_FLOOR = 2.0 ** -24
 
 
-def row_scales(weight: Tensor, max_code: int, multiplier: float = 1.0) -> Tensor:
+def row_scales(weight: Tensor, max_code: int, multiplier: float | Tensor = 1.0) -> Tensor:
     """The step of each row: its absmax over max_code, times the rate multiplier; (..., out, in) -> (..., out).
 
     A multiplier above 1 leaves the outermost codes unused: fewer bits after entropy coding, a coarser grid.
@@ -892,8 +892,9 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-def rotary_tables(length: int, dims: int, base: float, reference: int, device, dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of partial RoPE, each (length, 1, dims / 2).
+@torch.compiler.assume_constant_result  # else the compiler works out float64 powers and cosines in every kernel
+def rotary_tables(length: int, dims: int, base: float, reference: int, device, dtype) -> Tensor:
+    """Cosines and sines of partial RoPE, (2, length, 1, dims / 2).
 
     Windows longer than `reference` stretch the base by (length / reference)^(dims / (dims - 2)), the NTK rule that
     #606 trained with; 0 never does.
@@ -902,11 +903,11 @@ def rotary_tables(length: int, dims: int, base: float, reference: int, device, d
         base *= (length / reference) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.stack((angle.cos(), angle.sin())).to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first dimensions of every head, half against half; x (B, T, H, D / H)."""
+    """Turn the first dimensions of every head, half against half; x (B, T, H, D / H), the rest from rotary_tables."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half: 2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
@@ -918,7 +919,7 @@ def flash_attention_3() -> Callable | None:
         return None
     try:
         from flash_attn_interface import flash_attn_func
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # also a build for another torch
         return None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1017,7 +1018,7 @@ class CausalSelfAttention(nn.Module):
         self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
         self.attend = sdpa_attention
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], ve: Tensor | None, v0: Tensor | None):
+    def forward(self, x: Tensor, rotary: Tensor, ve: Tensor | None, v0: Tensor | None):
         """x (B, T, D), ve (B, T, kv width) or None, v0 the first layer's V or None -> output (B, T, D), own raw V."""
         B, T, D = x.shape
         q = rms_norm(self.c_q(x).view(B, T, self.heads, self.width))
@@ -1420,7 +1421,8 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
     mine = world.shard(len(windows))
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in window_batches(windows[mine.start: mine.stop], batch_tokens):
-        starts = torch.tensor([start for start, _, _ in batch], device=tokens.device)
+        starts = torch.tensor([start for start, _, _ in batch], pin_memory=tokens.is_cuda)
+        starts = starts.to(tokens.device, non_blocking=True)
         length, scored = batch[0][1] - batch[0][0], batch[0][1] - batch[0][2]
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=tokens.device)
         text = tokens[index].to(world.device, torch.int64, non_blocking=True)
@@ -1573,10 +1575,11 @@ class Muon(torch.optim.Optimizer):
                 work.wait()
             rows, columns = stack[0].shape
             scale = 1.0 if self.row_norm else max(1.0, rows / columns) ** 0.5
-            for p, u in zip(stack, update):
-                if p.grad is None:
-                    continue
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * scale)
+            moved = [(p, u) for p, u in zip(stack, update) if p.grad is not None]
+            if moved:
+                weights, updates = zip(*moved)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def state_dict(self) -> dict:
         """Settings and the whole momentum of every stack, the same on any number of ranks; a collective."""
@@ -1731,45 +1734,66 @@ def soft_round_alpha(hp: Hyperparameters, scale: float) -> float:
     return 1 + (hp.soft_round_alpha - 1) * max(0.0, 1 - scale / hp.late_qat_threshold)
 
 
+def grid_units(weights: Tensor, max_code: int, multiplier: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Weights in steps of the export grid, clamped to it, and the steps (..., out, 1)."""
+    scales = storable(row_scales(weights, max_code, multiplier)).unsqueeze(-1)
+    return (weights / scales).clamp_(-max_code, max_code), scales
+
+
+def fake_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor | None = None) -> Tensor:
+    """Weights rounded to the grid: softly with sharpness alpha, hard without."""
+    y, scales = grid_units(weights, max_code, multiplier)
+    return (torch.round(y) if alpha is None else soft_round(y, alpha)) * scales
+
+
+def fake_quantize_slope(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> Tensor:
+    """The derivative of the soft rounding at the weights."""
+    return soft_round_gradient(grid_units(weights, max_code, multiplier)[0], alpha)
+
+
 class FakeQuantizer:
     """Puts weights on the export grid for the forward and backward passes of a step, and takes them off again.
 
-    The grid is row_scales with the rate multiplier, from the weights of each step.
+    The grid is row_scales with the rate multiplier, from the weights of each step. Multiplier and sharpness reach the
+    device as tensors: a Python number would wait for it, and recompile at every change.
     """
 
-    def __init__(self, flat: FlatParameters, max_codes: Mapping[str, int], multiplier: float = 1.0):
+    def __init__(self, flat: FlatParameters, max_codes: Mapping[str, int], multiplier: float = 1.0,
+                 wrap: Callable = lambda function, **_: function):
         self.stacks = flat.stacks(max_codes.get)
         self.kept = [torch.empty_like(weights) for _, _, weights, _ in self.stacks]
         self.matrices = sum(len(kept) for kept in self.kept)
-        self.multiplier, self.alpha = multiplier, None
-
-    def _grid_units(self, weights: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
-        scales = storable(row_scales(weights, max_code, self.multiplier)).unsqueeze(-1)
-        return (weights / scales).clamp_(-max_code, max_code), scales
+        self.multiplier, self.soft = multiplier, False
+        self.on_device = torch.ones(2, dtype=torch.float64, device=flat.weights.device)  # multiplier, sharpness
+        self.rounding, self.slope = wrap(fake_quantize, dynamic=False), wrap(fake_quantize_slope, dynamic=False)
 
     @torch.no_grad()
     def quantize(self, alpha: float | None) -> None:
         """Replace the weights: soft rounding with sharpness alpha, or None for hard rounding."""
-        self.alpha = alpha
+        self.soft = alpha is not None
+        multiplier, sharpness = self.on_device
+        multiplier.fill_(self.multiplier)
+        sharpness.fill_(alpha or 0.0)
         for (max_code, _, weights, _), kept in zip(self.stacks, self.kept):
             kept.copy_(weights)
-            y, scales = self._grid_units(weights, max_code)
-            torch.mul(torch.round(y) if alpha is None else soft_round(y, alpha), scales, out=weights)
+            rounded = self.rounding(weights, max_code, multiplier, sharpness) if self.soft else \
+                fake_quantize(weights, max_code, multiplier)
+            weights.copy_(rounded)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the weights back bit for bit; straight through, or times the derivative of the soft rounding."""
         for (max_code, _, weights, grads), kept in zip(self.stacks, self.kept):
             weights.copy_(kept)
-            if self.alpha is not None:
-                grads.mul_(soft_round_gradient(self._grid_units(weights, max_code)[0], self.alpha))
+            if self.soft:
+                grads.mul_(self.slope(weights, max_code, *self.on_device))
 
     @torch.no_grad()
     def distance(self) -> float:
         """Mean distance of the weights to their grid, in steps; 0.25 where nothing draws them there."""
         total = torch.zeros((), device=self.kept[0].device, dtype=torch.float64)
         for max_code, _, weights, _ in self.stacks:
-            y, _ = self._grid_units(weights, max_code)
+            y, _ = grid_units(weights, max_code, self.multiplier)
             total += (y - torch.round(y)).abs().sum(dtype=torch.float64)
         return total.item() / sum(kept.numel() for kept in self.kept)
 
@@ -1801,15 +1825,19 @@ def wants_compile(hp: Hyperparameters, world: World, params: int, log: RunLog) -
     return not missing
 
 
-def activation_bytes(hp: Hyperparameters) -> float:
-    """About what a token leaves behind for the backward pass, fitted to #606's 26.2 GB for 98,304 tokens."""
-    return 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
+def activation_bytes(hp: Hyperparameters, compiling: bool) -> float:
+    """About what a token leaves behind for the backward pass, fitted to #606's 26.2 GB for 98,304 tokens.
+
+    Eager PyTorch keeps what the compiler fuses; two and a half times as much is a count by hand, not measured.
+    """
+    fused = 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
+    return fused if compiling else 2.5 * fused
 
 
-def micro_batch(hp: Hyperparameters, world: World, sequences: int) -> int:
+def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bool) -> int:
     """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as fit into the device's memory."""
     if world.device.type == "cuda":
-        tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp)
+        tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp, compiling)
     else:
         tokens = 16384
     least = max(math.ceil(sequences * hp.train_seq_len / tokens), 1)
@@ -1849,11 +1877,12 @@ class Stepper:
         self.hp, self.world, self.stream = hp, world, stream
         self.model, self.score_fn = wrap(model, dynamic=False), wrap(token_losses, dynamic=False)
         self.flat = FlatParameters(model)
+        world.broadcast_(self.flat.weights)  # the same seed gives other orthogonal matrices on another CPU
         self.optimisers = Optimisers(self.flat, hp, world, wrap(newton_schulz, dynamic=False))
-        self.qat = FakeQuantizer(self.flat, matrix_max_codes(hp, self.flat.parameters))
+        self.qat = FakeQuantizer(self.flat, matrix_max_codes(hp, self.flat.parameters), wrap=wrap)
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
         self.mine = world.shard(self.sequences)
-        self.micro = micro_batch(hp, world, len(self.mine))
+        self.micro = micro_batch(hp, world, len(self.mine), compiling)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next step; the copy runs while the device still computes."""
@@ -2083,9 +2112,11 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
         log(line)
     log(f"train compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{stepper.sequences} "
         f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)} "
-        f"activations:{stepper.micro * hp.train_seq_len * activation_bytes(hp) / 2**20:.0f}MiB (estimate)")
+        f"activations:{stepper.micro * hp.train_seq_len * activation_bytes(hp, compiling) / 2**20:.0f}MiB (estimate)")
     with budget.phase("warm-up", counted=False):
         stepper.warm_up()
+    if breaks := torch._dynamo.utils.counters["graph_break"] if compiling else {}:
+        log(f"compile:split graph_breaks:{sum(breaks.values())} first:{next(iter(breaks)).splitlines()[0]}")
     rows = torch.from_numpy(stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(world.device)
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # what the proofs are measured on
     reserve = 0.0
@@ -2815,6 +2846,7 @@ class ChunkTrainer:
         self.polyak = {name: p.clone() for name, p in self.start.items()} if hp.use_polyak else {}
         self.trained = sum(p.numel() for p in self.parameters.values())
         self.steps, self.seq_len = 0, hp.ttt_seq_len or hp.eval_seq_len
+        self.part = max(min(scoring_batch_tokens(hp, world), 16384) // self.seq_len, 1)  # 5 GB at pr606, run eagerly
 
     @torch.enable_grad()
     def train(self, tokens: Tensor, first: int, end: int, chunk: int, chunks: int) -> None:
@@ -2829,7 +2861,7 @@ class ChunkTrainer:
             gradients = {p: torch.zeros_like(p) for p in self.parameters.values()}
             for p in gradients:
                 p.grad = gradients[p]
-            for part in batch[mine.start: mine.stop].split(max(scoring_batch_tokens(hp, world) // self.seq_len, 1)):
+            for part in batch[mine.start: mine.stop].split(self.part):
                 if len(part):
                     with world.autocast():
                         loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
@@ -3223,7 +3255,7 @@ def run(hp: Hyperparameters, world: World) -> None:
         run_quantize(hp, world, log, folder, result, training, len(source))
         save()
     if "evaluate" in stages:
-        compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
+        compiling = hp.compile == "1" or world.device.type == "cuda" and wants_compile(hp, world, 0, log)
         run_evaluate(hp, world, log, folder, result, evaluation, validation, compiling)
     for name, budget in (("training", training), ("evaluation", evaluation)):
         if budget.counted:

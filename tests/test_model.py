@@ -431,6 +431,24 @@ def test_a_chosen_sdpa_kernel_breaks_no_graph():
     assert relative_error(whole(some_tokens()), expected_logits("pr601")) <= 1e-5
 
 
+def test_rotary_tables_are_constants_of_the_graph():
+    """As operations they would be float64 powers and cosines in every attention kernel, at every step."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(build("all"), fullgraph=True, dynamic=False, backend=backend)
+    for T in (10, 20):  # another length has other tables
+        tokens = some_tokens()[:, :T]
+        torch.testing.assert_close(compiled(tokens), build("all")(tokens))
+    used = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op != "placeholder"}
+    assert len(graphs) == 2 and any("sigmoid" in name for name in used)
+    assert not [name for name in used if "cos" in name or "pow" in name or "arange" in name]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_loss_of_many_tokens_and_a_large_vocabulary(dtype):
     """The output layer is worked off in parts; here three, and the last one is shorter."""

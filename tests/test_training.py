@@ -192,6 +192,20 @@ def test_a_step_clips_gradients_and_not_the_loss(stepper):
     assert float(stepper.flat.grads.norm()) == pytest.approx(stepper.hp.grad_clip_norm, rel=1e-4)
 
 
+def test_ranks_start_from_the_weights_of_the_first(hp):
+    """A seed alone does not make the ranks equal: orthogonal matrices differ between kinds of CPU."""
+    world, sent = tg.World(hp, {}), []
+
+    def broadcast_(tensor, source=0):
+        sent.append(source)
+        return tensor.fill_(0.25)
+
+    world.broadcast_ = broadcast_
+    model = random_model(hp)
+    tg.Stepper(hp, model, tg.TokenStream(tg.read_split(hp.data_path, "train")), world, compiling=False)
+    assert sent == [0] and all((p == 0.25).all() for p in model.parameters())
+
+
 def test_micro_steps_add_up_to_the_batch(hp):
     """Any number of micro-steps gives the gradient of the mean over the whole batch."""
     vectors = []
@@ -212,13 +226,14 @@ def test_micro_steps_add_up_to_the_batch(hp):
 
 @pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 40, 80, 141])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, gigabytes, ranks):
+@pytest.mark.parametrize("compiling", [True, False])
+def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, gigabytes, ranks, compiling):
     """Micro-batches fit into 70 % of the memory, fill at least a third of that, and are all of one size."""
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (gigabytes * 10**9, gigabytes * 10**9))
     sequences = hp.train_batch_tokens // hp.train_seq_len // ranks
-    micro = tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), sequences)
-    share = micro * hp.train_seq_len * tg.activation_bytes(hp) / (0.7 * gigabytes * 10**9)
+    micro = tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), sequences, compiling)
+    share = micro * hp.train_seq_len * tg.activation_bytes(hp, compiling) / (0.7 * gigabytes * 10**9)
     assert share <= 1 and (share > 1 / 3 or micro == sequences)
     assert sequences % micro == 0
 
@@ -226,9 +241,9 @@ def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, giga
 def test_micro_batches_without_an_equal_split_are_as_few_as_fit(monkeypatch):
     """71 sequences are prime: nine parts of eight, the last of seven, rather than 71 of one."""
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
-    eight = 8.5 * hp.train_seq_len * tg.activation_bytes(hp) / 0.7
+    eight = 8.5 * hp.train_seq_len * tg.activation_bytes(hp, True) / 0.7
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (eight, eight))
-    assert tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), 71) == 8
+    assert tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), 71, True) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -952,7 +967,7 @@ def test_a_clock_too_short_to_quantise_is_refused(capsys, tmp_path, tiny):
 
 @pytest.mark.parametrize("qat_on", [False, True])
 def test_a_step_does_not_wait_for_the_device(monkeypatch, stepper, qat_on):
-    """No call that would copy a tensor to the host."""
+    """No call that would copy a tensor to the host, nor a number to the device but by a kernel's argument."""
     stepper.step(0.2, 0.9, qat_on)  # states exist
     calls = []
     for name in (
@@ -969,8 +984,19 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch, stepper, qat_on):
         real = getattr(torch.Tensor, name)
         note = lambda self, *args, _name=name, _real=real: (calls.append(_name), _real(self, *args))[1]
         monkeypatch.setattr(torch.Tensor, name, note)
+    for name in ("tensor", "as_tensor"):
+        real = getattr(torch, name)
+
+        def noted(value, *args, _name=name, _real=real, **options):
+            if not isinstance(value, torch.Tensor):
+                calls.append(_name)
+            return _real(value, *args, **options)
+
+        monkeypatch.setattr(torch, name, noted)
     stepper.step(0.1, 0.9, qat_on)
     assert calls == []
+    tg.soft_round(torch.zeros(2), 3.0)
+    assert calls.pop() == "as_tensor"
     float(stepper.flat.slots[0])
     assert calls == ["__float__"]  # the spies work
 
