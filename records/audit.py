@@ -138,7 +138,7 @@ class ScoringPath:
         self.blob, self.hp, self.world, self.untrained_from = blob, hp, world, untrained_from
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
         compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
-        self.score_fn = torch.compile(tg.token_losses, dynamic=False) if compiling else tg.token_losses
+        self.score_fn = tg.compiled(tg.token_losses) if compiling else tg.token_losses
         self.batch_tokens = tg.scoring_batch_tokens(hp, world)
         self.log = Narrator()
         self.tolerance = 0.0

@@ -424,7 +424,7 @@ def bench_muon(bench: Bench) -> None:
         return made
     squares = [(min(shape), max(shape)) for shape in shapes]
     flops = hp.muon_backend_steps * sum(4 * m * m * n + 2 * m ** 3 for m, n in squares)
-    orthogonalise = torch.compile(tg.newton_schulz, dynamic=False) if bench.compiling else tg.newton_schulz
+    orthogonalise = tg.compiled(tg.newton_schulz) if bench.compiling else tg.newton_schulz
     muon = tg.Muon(parameters(), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_backend_steps,
                    hp.muon_row_norm, world, orthogonalise)
     remark = f"{len(shapes)} matrices in {len(set(shapes))} stacks on {world.size} rank(s)"
@@ -576,7 +576,7 @@ def bench_eval(bench: Bench) -> None:
     """Scoring with windows side by side and sliding, against one window at a time."""
     hp, world, T = bench.hp, bench.world, bench.hp.eval_seq_len
     model, backend = random_model(bench)
-    score_fn = torch.compile(tg.token_losses, dynamic=False) if bench.compiling else tg.token_losses
+    score_fn = tg.compiled(tg.token_losses) if bench.compiling else tg.token_losses
     batch_tokens = tg.scoring_batch_tokens(hp, world)
     count = (8 if world.device.type == "cuda" else 4) * batch_tokens // T * world.size
     for name, stride in (("side by side", T), ("sliding", hp.eval_stride)):
@@ -605,7 +605,7 @@ def bench_ttt(bench: Bench) -> None:
     """Test-time training: scoring one chunk, training on it."""
     hp, world, size, T = bench.hp, bench.world, bench.hp.ttt_chunk_tokens, bench.hp.eval_seq_len
     model, _ = random_model(bench)
-    score_fn = torch.compile(tg.token_losses, dynamic=False) if bench.compiling else tg.token_losses
+    score_fn = tg.compiled(tg.token_losses) if bench.compiling else tg.token_losses
     tokens = torch.randint(hp.vocab_size, (T + size + 1,), dtype=torch.int32).to(world.device)
     ones = torch.ones(len(tokens) - 1, dtype=torch.uint8, device=world.device)
     windows = tg.sliding_windows(T + size, T, hp.eval_stride)[1:]

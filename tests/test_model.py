@@ -427,7 +427,7 @@ def test_a_chosen_sdpa_kernel_breaks_no_graph():
     for block in model.blocks:
         block.attn.attend = tg.sdpa_by("flash")
     torch._dynamo.reset()
-    whole = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    whole = tg.compiled(model, fullgraph=True, backend="aot_eager")
     assert relative_error(whole(some_tokens()), expected_logits("pr601")) <= 1e-5
 
 
@@ -440,7 +440,7 @@ def test_rotary_tables_are_constants_of_the_graph():
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(build("all"), fullgraph=True, dynamic=False, backend=backend)
+    compiled = tg.compiled(build("all"), fullgraph=True, backend=backend)
     for T in (10, 20):  # another length has other tables
         tokens = some_tokens()[:, :T]
         torch.testing.assert_close(compiled(tokens), build("all")(tokens))

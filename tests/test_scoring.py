@@ -436,18 +436,19 @@ def test_sums_are_float64(monkeypatch):
 
 
 def test_batches_are_sized_by_tokens_and_device():
-    """4,096 tokens on a CPU whatever the windows' length, 131,072 on a GPU, VAL_BATCH_SIZE over all ranks."""
+    """By width on a CPU, whatever the windows' length, 131,072 on a GPU, VAL_BATCH_SIZE over all ranks."""
 
     def size(device, ranks=1, chunk=math.inf, **settings):
         world = copy.copy(scored_model()[1])
         world.device, world.size = torch.device(device), ranks
         return tg.scoring_batch_tokens(dataclasses.replace(scored_model()[0].hp, **settings), world, chunk)
 
-    assert size("cpu", eval_seq_len=256) == size("cpu", eval_seq_len=2048) == 4096
+    assert size("cpu", eval_seq_len=256, model_dim=512) == size("cpu", eval_seq_len=2048, model_dim=512) == 2048
+    assert size("cpu", eval_seq_len=256, model_dim=128) == 8192
     assert size("cuda") == 131_072
     assert size("cuda", ranks=8) == 524_288 // 8
     assert size("cuda", ranks=4, val_batch_size=4096) == 1024
-    assert size("cpu", eval_seq_len=8192) == 8192  # a window is never cut
+    assert size("cpu", eval_seq_len=8192, model_dim=512) == 8192  # a window is never cut
     windows = dict(eval_seq_len=1024, eval_stride=128)
     assert size("cuda", chunk=131_072, **windows) == 131_072  # 1,024 windows fill whole batches anyway
     assert size("cuda", ranks=8, chunk=32_768, **windows) == 32 * 1024  # 256 windows on 8 ranks

@@ -238,6 +238,13 @@ def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, giga
     assert sequences % micro == 0
 
 
+def test_micro_batches_on_a_cpu_follow_the_width():
+    for preset, micro in (("smoke", 16), ("pr601", 4), ("pr606", 2)):  # all 16 of a step; 4 of 1,024; 2 of 2,048
+        hp = tg.Hyperparameters.from_env({"PRESET": preset})
+        sequences = hp.train_batch_tokens // hp.train_seq_len
+        assert tg.micro_batch(hp, tg.World(hp, {}), sequences, compiling=False) == micro
+
+
 def test_micro_batches_without_an_equal_split_are_as_few_as_fit(monkeypatch):
     """71 sequences are prime: nine parts of eight, the last of seven, rather than 71 of one."""
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})

@@ -332,7 +332,7 @@ def test_compiled_scoring_is_the_same_and_compiles_nothing_per_chunk():
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(tg.token_losses, dynamic=False, backend=backend)
+    compiled = tg.compiled(tg.token_losses, backend=backend)
 
     def score_fn(*arguments):
         losses = compiled(*arguments)
