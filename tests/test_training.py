@@ -232,8 +232,9 @@ def test_any_gpu_from_8_gb_runs_pr606_at_the_same_global_batch(monkeypatch, giga
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (gigabytes * 10**9, gigabytes * 10**9))
     sequences = hp.train_batch_tokens // hp.train_seq_len // ranks
-    micro = tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), sequences, compiling)
-    share = micro * hp.train_seq_len * tg.activation_bytes(hp, compiling) / (0.7 * gigabytes * 10**9)
+    world = SimpleNamespace(device=torch.device("cuda"))
+    micro = tg.micro_batch(hp, world, sequences, compiling)
+    share = micro * hp.train_seq_len * tg.activation_bytes(hp, world, compiling) / (0.7 * gigabytes * 10**9)
     assert share <= 1 and (share > 1 / 3 or micro == sequences)
     assert sequences % micro == 0
 
@@ -248,9 +249,10 @@ def test_micro_batches_on_a_cpu_follow_the_width():
 def test_micro_batches_without_an_equal_split_are_as_few_as_fit(monkeypatch):
     """71 sequences are prime: nine parts of eight, the last of seven, rather than 71 of one."""
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
-    eight = 8.5 * hp.train_seq_len * tg.activation_bytes(hp, True) / 0.7
+    world = SimpleNamespace(device=torch.device("cuda"))
+    eight = 8.5 * hp.train_seq_len * tg.activation_bytes(hp, world, compiling=True) / 0.7
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (eight, eight))
-    assert tg.micro_batch(hp, SimpleNamespace(device=torch.device("cuda")), 71, True) == 8
+    assert tg.micro_batch(hp, world, 71, compiling=True) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------
