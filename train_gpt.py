@@ -2118,9 +2118,10 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     flat, qat = stepper.flat, stepper.qat
     for line in stepper.optimisers.describe():
         log(line)
+    activations = stepper.micro * hp.train_seq_len * activation_bytes(hp, world, compiling)
     log(f"train compile:{int(compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:{stepper.sequences} "
         f"micro_batch:{stepper.micro}x{hp.train_seq_len} micro_steps:{math.ceil(len(stepper.mine) / stepper.micro)} "
-        f"activations:{stepper.micro * hp.train_seq_len * activation_bytes(hp, world, compiling) / 2**20:.0f}MiB (estimate)")
+        f"activations:{activations / 2**20:.0f}MiB (estimate)")
     with budget.phase("warm-up", counted=False):
         stepper.warm_up()
     if breaks := torch._dynamo.utils.counters["graph_break"] if compiling else {}:
