@@ -2046,18 +2046,24 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The file that a run resumes from."""
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"RESUME=1, but {folder} has no checkpoint.pt; start without RESUME, under another RUN_ID")
+
+
 def load_checkpoint(folder: Path, settings: Mapping[str, object]) -> dict:
     """The newest checkpoint of a run, refused where what settings_that_matter returns differs."""
-    paths = [path for name in ("checkpoint.pt", "checkpoint.previous.pt") if (path := folder / name).exists()]
-    if not paths:
-        raise UserError(f"RESUME=1, but {folder} has no checkpoint.pt; start without RESUME, under another RUN_ID")
+    newest = newest_checkpoint(folder)
     try:
-        state = torch.load(paths[0], map_location="cpu", weights_only=True)
+        state = torch.load(newest, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds on a damaged file
-        raise UserError(f"{paths[0]} cannot be read ({type(error).__name__}); delete it to resume from the one "
+        raise UserError(f"{newest} cannot be read ({type(error).__name__}); delete it to resume from the one "
                         f"before it") from None
     if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
-        raise UserError(f"{paths[0]} is not a checkpoint of this script; delete it to resume from the one before it")
+        raise UserError(f"{newest} is not a checkpoint of this script; delete it to resume from the one before it")
     if differ := [key.upper() for key, value in settings.items() if state["settings"].get(key) != value]:
         raise UserError(f"the checkpoint in {folder} was made with other settings: {', '.join(differ)}; resume with "
                         f"the same settings, or start another RUN_ID")
@@ -3212,6 +3218,8 @@ def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
     stages = hp.stages.split(",")
     if "train" in stages or "quantize" in stages:
         check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
+    if "train" in stages and hp.resume:
+        newest_checkpoint(folder)
     if "quantize" in stages and "train" not in stages and not (folder / "model.pt").is_file():
         raise UserError(f"{folder / 'model.pt'} is missing; run STAGES=train first, under the same RUN_ID")
     path = Path(hp.artifact) if hp.artifact else folder / "artifact.bin"

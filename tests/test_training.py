@@ -719,8 +719,10 @@ def test_resume_needs_a_checkpoint(capsys, tmp_path, tiny):
     assert start(tmp_path, tiny | {"RESUME": "1"}) == 1
     assert "RESUME" in one_line_error(capsys)
     kill_at(tmp_path, tiny, 2)
+    written = (tmp_path / "logs/run/log.txt").read_bytes()
     assert start(tmp_path, tiny | {"RESUME": "1"}) == 1
     assert "checkpoint" in one_line_error(capsys)
+    assert (tmp_path / "logs/run/log.txt").read_bytes() == written  # refused before the log is opened
 
 
 @pytest.mark.parametrize("moment", ["half written", "before the old one moves", "before it takes its name"])
