@@ -1389,7 +1389,7 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
     Where `chunk` positions are scored at a time with EVAL_STRIDE, no more than they have windows for.
     """
     most = 131072 if world.device.type == "cuda" else 2 ** 20 // hp.model_dim
-    in_chunk = chunk // hp.eval_stride // world.size * hp.eval_seq_len
+    in_chunk = chunk / hp.eval_stride / world.size * hp.eval_seq_len
     return int(max(hp.eval_seq_len, min(hp.val_batch_size // world.size, most, in_chunk)))
 
 
