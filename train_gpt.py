@@ -47,6 +47,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 try:
@@ -102,7 +103,7 @@ PRESETS: dict[str, dict[str, object]] = {
 STAGES = ("train", "quantize", "evaluate")
 CHOICES = {
     "device": ("auto", "cuda", "cpu"), "dtype": ("auto", "bf16", "fp32"), "compile": ("auto", "0", "1"),
-    "attention": ("auto", "fa3", "sdpa"), "averaging": ("ema", "swa", "best", "none"),
+    "attention": ("auto", "fa3", "sdpa"), "averaging": ("ema", "swa", "none"),
     "quantizer": ("gptq", "gptq_lite", "rtn"), "ttt_optimizer": ("adamw", "sgd"),
     "ttt_params": ("blocks", "control", "control_qk", "all"), "ttt_schedule": ("run", "chunk", "constant"),
 }
@@ -193,8 +194,8 @@ def _parse(text: str, like: object) -> object:
 def _averaging_conflicts(averaging: str, env: Mapping[str, str]) -> Iterator[str]:
     """The submissions' two switches may repeat what AVERAGING says, not contradict it."""
     for switch, kind in (("EMA_ENABLED", "ema"), ("SWA_ENABLED", "swa")):
-        if env.get(switch) in ("0", "1") and (env[switch] == "1") != (averaging in (kind, "best")):
-            yield f"{switch}={env[switch]} contradicts AVERAGING={averaging}; set AVERAGING=ema, swa, best or none"
+        if env.get(switch) in ("0", "1") and (env[switch] == "1") != (averaging == kind):
+            yield f"{switch}={env[switch]} contradicts AVERAGING={averaging}; set AVERAGING=ema, swa or none"
 
 
 def setting(default, meaning: str):
@@ -272,7 +273,7 @@ class Hyperparameters:
     beta2: float = setting(0.95, "AdamW second moment")
     adam_eps: float = setting(1e-8, "AdamW epsilon")
     grad_clip_norm: float = setting(0.3, "global gradient norm (0: no clipping)")
-    averaging: str = setting("ema", "weights that are exported: ema, swa, best (on held-out training tokens), none")
+    averaging: str = setting("ema", "weights that are exported: ema, swa or none")
     ema_decay: float = setting(0.997, "EMA decay per step")
     swa_every: int = setting(50, "steps between SWA snapshots, once the learning rate is below swa_threshold")
     swa_threshold: float = setting(0.2, "learning-rate scale below which SWA collects")
@@ -656,16 +657,10 @@ def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
 
 
 class TokenStream:
-    """Training tokens in their published order, wrapping around, without the held-out tail.
-
-    shards   token arrays in order; the last min(131,072, 1 %) tokens of the last one are kept back for
-             AVERAGING=best, in every mode, so that all runs train on the same tokens
-    """
+    """Training tokens in their published order, wrapping around."""
 
     def __init__(self, shards: list[np.ndarray]):
-        held = min(131072, len(shards[-1]) // 100)
-        self.shards = [*shards[:-1], shards[-1][: len(shards[-1]) - held]]
-        self.held_out = shards[-1][len(shards[-1]) - held:]
+        self.shards = shards
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         self.position = 0
@@ -884,12 +879,34 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype) if x.is_cuda else RMSNorm.apply(x)
 
 
-class CastLinear(nn.Linear):
-    """A linear layer whose weight takes the dtype of its input."""
+class CastLinear(nn.Module):
+    """A linear layer whose weight takes the dtype of its input; it starts orthogonal, times a gain."""
+
+    def __init__(self, columns: int, rows: int, gain: float = 1.0, orthogonal: bool = True):
+        super().__init__()
+        self.weight, self.bias, self.in_features = nn.Parameter(torch.empty(rows, columns)), None, columns
+        with torch.no_grad():
+            if not gain:
+                self.weight.zero_()
+            elif orthogonal and min(rows, columns) >= 64:
+                nn.init.orthogonal_(self.weight).mul_(gain)
+            else:
+                nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5).mul_(gain)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Module):
+    """A table of rows that start with a normal distribution."""
+
+    def __init__(self, rows: int, columns: int, std: float):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=std))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
 
 
 def rotary_tables(length: int, dims: int, base: float, reference: int, device, dtype) -> Tensor:
@@ -1007,13 +1024,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = hp.num_heads, hp.num_kv_heads, hp.model_dim // hp.num_heads
         kv_dim = self.kv_heads * self.width
-        self.c_q = CastLinear(hp.model_dim, hp.model_dim, bias=False)
-        self.c_k = CastLinear(hp.model_dim, kv_dim, bias=False)
-        self.c_v = CastLinear(hp.model_dim, kv_dim, bias=False)
-        self.proj = CastLinear(hp.model_dim, hp.model_dim, bias=False)
+        self.c_q = CastLinear(hp.model_dim, hp.model_dim, orthogonal=hp.ortho_init)
+        self.c_k = CastLinear(hp.model_dim, kv_dim, orthogonal=hp.ortho_init)
+        self.c_v = CastLinear(hp.model_dim, kv_dim, orthogonal=hp.ortho_init)
+        self.proj = CastLinear(hp.model_dim, hp.model_dim, gain=0.0)
         self.q_gain = nn.Parameter(torch.full((self.heads,), hp.qk_gain_init))
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if hp.value_residual else None
-        self.attn_gate = CastLinear(hp.model_dim, self.heads) if hp.gated_attention else None
+        self.attn_gate = CastLinear(hp.model_dim, self.heads, gain=0.0) if hp.gated_attention else None
+        if hp.gated_attention:
+            self.attn_gate.bias = nn.Parameter(torch.full((self.heads,), 4.0))
         self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
         self.attend = sdpa_attention
 
@@ -1042,8 +1061,8 @@ class MLP(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         hidden = int(hp.mlp_mult * hp.model_dim)
-        self.fc = CastLinear(hp.model_dim, hidden, bias=False)
-        self.proj = CastLinear(hidden, hp.model_dim, bias=False)
+        self.fc = CastLinear(hp.model_dim, hidden, orthogonal=hp.ortho_init)
+        self.proj = CastLinear(hidden, hp.model_dim, gain=0.0)
         self.slope = hp.mlp_slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1093,8 +1112,8 @@ class BigramHash(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.buckets = hp.bigram_vocab_size
-        self.embed = nn.Embedding(self.buckets, hp.bigram_dim)
-        self.proj = CastLinear(hp.bigram_dim, hp.model_dim, bias=False)
+        self.embed = Embedding(self.buckets, hp.bigram_dim, std=0.0)
+        self.proj = CastLinear(hp.bigram_dim, hp.model_dim, (2 * hp.num_layers) ** -0.5, hp.ortho_init)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1110,8 +1129,9 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.embed = nn.Embedding(hp.vocab_size, hp.ve_dim)
-        self.proj = CastLinear(hp.ve_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads, bias=False)
+        self.embed = Embedding(hp.vocab_size, hp.ve_dim, std=0.01)
+        self.proj = CastLinear(hp.ve_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads, (2 * hp.num_layers) ** -0.5,
+                               hp.ortho_init)
         self.scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1165,33 +1185,13 @@ class GPT(nn.Module):
         super().__init__()
         L, D = hp.num_layers, hp.model_dim
         self.hp = hp
-        self.tok_emb = nn.Embedding(hp.vocab_size, D)
+        self.tok_emb = Embedding(hp.vocab_size, D, hp.tied_embed_init_std)
         self.bigram = BigramHash(hp) if hp.bigram_vocab_size else None
         self.smear = SmearGate(hp) if hp.smear_gate else None
         self.skip_weights = nn.Parameter(torch.ones(min(L // 2, L - L // 2), D))
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(L))
         self.ve_shared = ValueEmbedding(hp) if hp.ve_enabled else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers) if hp.ve_enabled else None
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Embeddings small, matrices orthogonal, the outputs of attention and MLP zero, gates nearly open."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                if name.endswith(("attn.proj", "mlp.proj", "attn_gate")):
-                    nn.init.zeros_(module.weight)
-                elif self.hp.ortho_init and min(module.weight.shape) >= 64:
-                    nn.init.orthogonal_(module.weight)
-                    if name.endswith(".proj"):
-                        module.weight.mul_((2 * self.hp.num_layers) ** -0.5)
-                if module.bias is not None:
-                    nn.init.constant_(module.bias, 4.0)
-        nn.init.normal_(self.tok_emb.weight, std=self.hp.tied_embed_init_std)
-        if self.bigram is not None:
-            nn.init.zeros_(self.bigram.embed.weight)
-        if self.ve_shared is not None:
-            nn.init.normal_(self.ve_shared.embed.weight, std=0.01)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The normed stream before the output layer; tokens (B, T) -> (B, T, D)."""
@@ -1512,13 +1512,13 @@ class FlatParameters:
         return vector.as_strided((len(names), m, n), (-(-m * n // 16) * 16, n, 1), self.offsets[names[0]])
 
 
-def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Push the singular values of G towards 1, keeping its singular vectors: (m, n) or (k, m, n), same shape out.
 
-    Five quintic iterations in bf16. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    Five quintic iterations, in bf16 where nothing else is asked for. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16().reshape(-1, *G.shape[-2:])
+    X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = G.size(-2) > G.size(-1)
     X = X.mT if tall else X
@@ -1886,7 +1886,7 @@ class Stepper:
         self.model, self.score_fn = wrap(model), wrap(token_losses)
         self.flat = FlatParameters(model)
         world.broadcast_(self.flat.weights)  # the same seed gives other orthogonal matrices on another CPU
-        self.optimisers = Optimisers(self.flat, hp, world, wrap(newton_schulz))
+        self.optimisers = Optimisers(self.flat, hp, world, wrap(partial(newton_schulz, dtype=world.dtype)))
         self.qat = FakeQuantizer(self.flat, matrix_max_codes(hp, self.flat.parameters), wrap=wrap)
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
         self.mine = world.shard(self.sequences)
@@ -2070,19 +2070,6 @@ def load_checkpoint(folder: Path, settings: Mapping[str, object]) -> dict:
     return state
 
 
-def held_out_losses(hp: Hyperparameters, model: GPT, flat: FlatParameters, averages: Mapping[str, Tensor],
-                    held_out: np.ndarray, world: World) -> dict[str, float]:
-    """The loss of each average on training tokens that no step has seen; never on validation."""
-    seq_len = min(hp.train_seq_len, len(held_out) - 1)
-    tokens = torch.from_numpy(held_out.astype(np.int32))
-    windows = sliding_windows((len(tokens) - 1) // seq_len * seq_len, seq_len, seq_len)
-    no_bytes, losses = torch.zeros(len(tokens), dtype=torch.uint8), {}
-    for name, average in averages.items():
-        flat.weights.copy_(average)
-        losses[name] = evaluate(model, tokens, no_bytes, windows, world, scoring_batch_tokens(hp, world)).val_loss
-    return losses
-
-
 @torch.no_grad()
 def training_proofs(model: GPT, flat: FlatParameters, qat: FakeQuantizer, qat_proof: dict, raw: Tensor,
                     x: Tensor, y: Tensor) -> dict[str, dict]:
@@ -2140,9 +2127,6 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
             start = time.perf_counter()
             with world.autocast():
                 technique_proofs(model, x, y)
-            if hp.averaging == "best":
-                alike = dict.fromkeys(("ema", "swa", "none"), flat.weights.clone())
-                held_out_losses(hp, model, flat, alike, stream.held_out, world)
             reserve = world.max(time.perf_counter() - start + rehearse()) * 1.15 + 0.5
         log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
         if reserve > hp.max_wallclock_seconds / 2:
@@ -2234,9 +2218,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     with budget.phase("average"):
         raw = flat.weights.clone()
         averages = {"ema": ema.average, "swa": swa.average if swa.count else raw, "none": raw}
-        best = hp.averaging == "best"
-        losses = held_out_losses(hp, model, flat, averages, stream.held_out, world) if best else {}
-        chosen = min(losses, key=losses.get) if best else hp.averaging
+        chosen = hp.averaging
         if chosen == "swa" and not swa.count:
             log("averaging: SWA has no snapshot (SWA_EVERY, SWA_THRESHOLD), the raw weights are exported")
             chosen = "none"
@@ -2244,7 +2226,7 @@ def train(hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, lo
     with budget.phase("proofs"):
         with world.autocast():
             proofs = training_proofs(model, flat, qat, qat_proof, raw, x, y)
-    proofs["averaging"] |= {"exported": chosen, "held_out_losses": losses, "swa_snapshots": swa.count}
+    proofs["averaging"] |= {"exported": chosen, "swa_snapshots": swa.count}
     return Trained(flat.state_dict(flat.weights), bool(qat_proof), facts, proofs)
 
 
@@ -3075,11 +3057,7 @@ def run_train(hp: Hyperparameters, world: World, log: RunLog, folder: Path, resu
     """Train, write model.pt and what is known so far, score the averaged weights."""
     shards = read_split(hp.data_path, "train")
     stream = TokenStream(shards)
-    if hp.averaging == "best" and len(stream.held_out) < 2:
-        raise UserError(f"AVERAGING=best compares on a hundredth of the last training shard, which has only "
-                        f"{len(shards[-1])} tokens; use AVERAGING=ema")
-    log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total} "
-        f"held_out:{len(stream.held_out)}")
+    log(f"data path:{hp.data_path} train_shards:{len(shards)} train_tokens:{stream.total}")
     model = GPT(hp).to(world.device)
     result["attention"] = choose_attention(hp, model, world)
     log(f"attention:{result['attention']}")
