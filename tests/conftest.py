@@ -1,18 +1,24 @@
 """What the tests share: the root on the path, a small real corpus, the smallest settings with every technique on."""
+
+import contextlib
+import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "records")]
 torch.set_num_threads(1)  # the tensors are tiny; two threads only wait for each other
+
+import train_gpt as tg  # noqa: E402
 
 
 def write_shard(path: Path, tokens) -> None:
@@ -35,8 +41,9 @@ def corpus(tmp_path_factory) -> dict[str, str]:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter([line for text in documents for line in text.splitlines() if line.strip()]),
         model_writer=buffer, vocab_size=512, model_type="bpe", byte_fallback=True, split_digits=True,
-        character_coverage=0.999, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, hard_vocab_limit=False,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+        character_coverage=0.999, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
     ids = [[1, *processor.encode(text)] for text in documents]
@@ -50,14 +57,37 @@ def corpus(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny(corpus) -> dict[str, str]:
-    """The smoke preset with every technique on, shrunk until a whole run takes seconds."""
+    """The smoke preset with every technique on, shrunk until a whole run takes seconds, as an environment."""
     return corpus | {
-        "PRESET": "smoke", "DTYPE": "fp32", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-        "MLP_MULT": "2", "ROPE_DIMS": "8", "XSA_LAST_N": "2", "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "32",
-        "VE_DIM": "32", "VE_LAYERS": "1,2", "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64", "ITERATIONS": "24",
-        "WARMDOWN_ITERS": "16", "WARMUP_STEPS": "2", "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "64",
-        "GPTQ_CALIB_SEQUENCES": "16", "TTT_CHUNK_TOKENS": "2048", "TTT_BATCH_SEQS": "4", "TTT_EPOCHS": "1",
-        "TRAIN_LOG_EVERY": "10", "LATE_QAT_THRESHOLD": "0.5"}
+        "PRESET": "smoke", "DTYPE": "fp32", "DEVICE": "cpu", "NUM_LAYERS": "3", "MODEL_DIM": "64",
+        "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "ROPE_DIMS": "8", "XSA_LAST_N": "2",
+        "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "32", "VE_DIM": "32", "VE_LAYERS": "1,2",
+        "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64", "ITERATIONS": "24", "WARMDOWN_ITERS": "16",
+        "WARMUP_STEPS": "2", "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "64", "GPTQ_CALIB_SEQUENCES": "16",
+        "TTT_CHUNK_TOKENS": "2048", "TTT_BATCH_SEQS": "4", "TTT_EPOCHS": "1", "TRAIN_LOG_EVERY": "10",
+        "LATE_QAT_THRESHOLD": "0.5",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_hp(tiny) -> tg.Hyperparameters:
+    """The same as settings."""
+    return tg.Hyperparameters.from_env(tiny)
+
+
+def draw(name: str, shape, seed: int = 0) -> torch.Tensor:
+    """Normal values that depend on a name and a shape, not on what else was drawn."""
+    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+    return torch.from_numpy(np.random.default_rng(key).standard_normal(tuple(shape)).astype(np.float32))
+
+
+def random_model(hp: tg.Hyperparameters, seed: int = 0, spread: float = 0.1) -> tg.GPT:
+    """A model with every parameter random, so that no zero hides a part; a new one moves no other's draw."""
+    model = tg.GPT(hp)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(spread * draw(name, p.shape, seed))
+    return model
 
 
 def run_script(
@@ -70,4 +100,21 @@ def run_script(
     clean = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "CXX") if key in os.environ}
     return subprocess.run(
         [*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
-        capture_output=True, text=True, timeout=timeout)
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def run_here(folder: Path, env: dict[str, str]) -> int:
+    """The script's main in this process, in a folder of its own, with no other environment; its exit status."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    with (
+        mock.patch.dict(os.environ, kept | env, clear=True),
+        mock.patch.object(sys, "argv", ["train_gpt.py"]),
+        contextlib.chdir(folder),
+    ):
+        return tg.main()
+
+
+def result_of(folder: Path, run_id: str = "run") -> dict:
+    """result.json of a run."""
+    return json.loads((folder / "logs" / run_id / "result.json").read_text())
