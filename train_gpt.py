@@ -1,18 +1,16 @@
 """train_gpt.py: tokenised text in, a scored language model of at most 16,000,000 bytes out.
 
-An 11-layer GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and
-#601 (value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights,
-hardens them for rounding, quantises them with GPTQ, packs them into one file, throws the model away, loads
-the file and scores it on the validation split with sliding windows and score-first test-time training.
+A GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and #601
+(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights, quantises them
+with GPTQ, packs them into one file, throws the model away, loads the file and scores it.
 
     python train_gpt.py                                              one process: CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py            8xH100, PRESET=pr606 (the default)
     PRESET=smoke python train_gpt.py                                 two CPU cores, a few minutes
     ARTIFACT=logs/RUN/artifact.bin STAGES=evaluate python train_gpt.py     score an artifact, nothing else
-    python train_gpt.py --help                                       every setting, its meaning, the presets
+    python train_gpt.py --help                                       every setting: an environment variable
 
-Settings are environment variables. A run writes logs/<RUN_ID>/: log.txt, metrics.jsonl, result.json,
-model.pt, artifact.bin, and checkpoint.pt while it trains.
+A run writes logs/<RUN_ID>/: log.txt, metrics.jsonl, result.json, model.pt, artifact.bin, and checkpoint.pt.
 
 Parts above, the processes that use them below:
     1 Settings   2 Machine     3 Run log       4 Data         5 Grid and QAT   6 Model      7 Scoring
@@ -62,27 +60,25 @@ except ImportError as missing:  # a silent fallback from zstd to zlib has put ar
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: printed as it stands, without a traceback."""
+    """A mistake that the user can mend: printed as it stands, without a traceback."""
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 1 Settings
 #
-# One frozen dataclass. A field carries all that is known of its setting: meaning, bounds or choices, scope, and
-# for a technique the value that switches it off. The environment goes over the preset, the preset over the
-# default; every mistake is reported at once, because a misspelt name that is silently ignored makes a run that
-# was not what it said.
+# The environment goes over the preset, the preset over the default. Every mistake is reported at once: a
+# misspelt name that is silently ignored makes a run that was not what it said.
 
 # An artifact holds the settings of the model; a resumed run may change those of the run and of the score.
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
+FACTS = ("scope", "meaning", "within", "choices", "off")
 COUNT = "[1, inf)"
 
 
 def setting(scope: str, default, meaning: str, within: str = "[0, inf)", choices: tuple = (), off=None):
-    """A dataclass field with all that is known of its setting."""
-    known = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
-    return field(default=default, metadata=known)
+    """A field with its scope, meaning, interval or choices, and the value that switches a technique off."""
+    return field(default=default, metadata=dict(zip(FACTS, (scope, meaning, within, choices, off))))
 
 
 _run, _model, _train, _quantise, _score = (partial(setting, scope) for scope in SCOPES)
@@ -119,33 +115,32 @@ SPELLINGS = {
     "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
     "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
     "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
-    "TTT_COSINE_LR": "ttt_schedule", "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule", "INT5_MLP": "mlp_bits",
-    "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging", "SWA_ENABLED": "averaging",
-    "LATE_QAT": "late_qat_threshold",
+    "TTT_COSINE_LR": "ttt_schedule", "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule",
+    "INT5_MLP": "mlp_bits", "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging",
+    "SWA_ENABLED": "averaging", "LATE_QAT": "late_qat_threshold",
 }
 # What such a switch says of its setting; None says nothing.
-SWITCHES: dict[str, dict[str, str | None]] = {
+SWITCHES = {
     "TTT_COSINE_LR": {"1": "chunk", "0": "constant"}, "FULL_GPTQ": {"1": "gptq", "0": "rtn"},
-    "GPTQ_LITE": {"1": "lite", "0": None}, "INT5_MLP": {"1": "5", "0": "6"}, "BIGRAM_HASH": {"1": None, "0": "0"},
-    "EMA_ENABLED": {"1": "ema", "0": "none"}, "SWA_ENABLED": {"1": "swa", "0": None},
-    "LATE_QAT": {"1": None, "0": "0"},
+    "GPTQ_LITE": {"1": "lite", "0": None}, "INT5_MLP": {"1": "5", "0": "6"},
+    "BIGRAM_HASH": {"1": None, "0": "0"}, "EMA_ENABLED": {"1": "ema", "0": "none"},
+    "SWA_ENABLED": {"1": "swa", "0": None}, "LATE_QAT": {"1": None, "0": "0"},
 }
 # Techniques that are not carried, constants, and run.sh's own: the one value that may be said.
 FIXED = {
     "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "BETA1": "0.9", "ADAM_EPS": "1e-8",
     "MUON_BACKEND_STEPS": "5", "TIED_EMBED_INIT_STD": "0.005", "SGD_TTT_SEQ_LEN": "1024",
-    **dict.fromkeys("""DTG_ENABLED HYPER_CONNECTIONS ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS KV_CACHE_LEN
-        USE_CACHE USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 GPTQ_LITE_SEARCH INT6_LAST_N QAT_ENABLED
-        USE_POLYAK""".split(), "0"), "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
+    **dict.fromkeys("""DTG_ENABLED HYPER_CONNECTIONS ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS
+        USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 GPTQ_LITE_SEARCH
+        INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), "0"), "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
 }
-# Read by the submissions without effect under their settings: accepted, and logged as ignored.
+# Read by the submissions without effect: accepted, and logged as ignored.
 IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
                  "GPTQ_LITE_GRID", "GPTQ_CALIB_BATCHES", "VAL_BATCH_SIZE", "POLYAK_DECAY")
 OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
 
 
 def _edits(a: str, b: str) -> int:
-    """Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         row, last = [i], row
@@ -155,7 +150,6 @@ def _edits(a: str, b: str) -> int:
 
 
 def _parse(text: str, like: object) -> object:
-    """A setting's text as the type of its default; ValueError where it is none."""
     if isinstance(like, bool):
         return bool(("0", "1").index(text))
     if isinstance(like, tuple):
@@ -164,17 +158,17 @@ def _parse(text: str, like: object) -> object:
 
 
 def _inside(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
-    return low <= value <= high and (value, interval[0]) != (low, "(") and (value, interval[-1]) != (high, ")")
+    at_open_end = value == low and "(" in interval or value == high and ")" in interval
+    return low <= value <= high and not at_open_end
 
 
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names that are no setting and were probably meant as one: errors, and for common words warnings."""
+    """Unknown names that were probably meant as settings: errors, and for common words warnings."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
     for name in sorted(set(env) - known):
-        near = {other: _edits(name, other) for other in known if abs(len(other) - len(name)) <= 2}
-        meant = min(sorted(near), key=near.get, default=None)
+        near = {other: _edits(name, other) for other in sorted(known) if abs(len(other) - len(name)) <= 2}
+        meant = min(near, key=near.get, default=None)
         if meant and near[meant] <= 2:
             sure = name.startswith(OWN_PREFIXES) or len(name) > 5 and "_" in name
             (errors if sure else cautions).append(f"{name} is not a setting; did you mean {meant}?")
@@ -182,13 +176,12 @@ def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[st
 
 
 def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) -> tuple[str, object] | None:
-    """The setting that an environment name means, and its value; None where it says nothing.
-
-    Raises UserError for what is not carried, ValueError or KeyError for a text that is no value.
-    """
+    """The setting that a name means, and its value; None where it says nothing."""
     plain, only = {"true": "1", "false": "0"}.get(text.lower(), text), FIXED.get(name)
-    if only is not None and text and plain != only and not (plain[-1:].isdigit() and float(plain) == float(only or -1)):
-        raise UserError(f"{name}={text} is not for this script; leave it out" + f", or set {name}={only}" * bool(only))
+    same = plain == only or only and plain[-1:].isdigit() and float(plain) == float(only)
+    if only is not None and text and not same:
+        hint = f", or set {name}={only}" * bool(only)
+        raise UserError(f"{name}={text} is not for this script; leave it out{hint}")
     key = SPELLINGS.get(name, name.lower() if name.isupper() else "")
     if key not in fields or not text:
         return None
@@ -197,32 +190,31 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
 
 
 def conflicts(hp: Hyperparameters) -> list[str]:
-    """One line for every combination of values that no run can use."""
-    head, stages = hp.model_dim // hp.num_heads, hp.stages.split(",")
+    """A line for every combination of values that no run can use."""
+    stages, layers = hp.stages.split(","), set(range(hp.num_layers))
     return [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
-        (hp.rope_dims % 2 or hp.rope_dims > head or hp.rope_dims == 2,
+        (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
-        (hp.ve_enabled and not 0 < len(set(hp.ve_layers) & set(range(hp.num_layers))) == len(hp.ve_layers),
-         f"VE_LAYERS must name different layers in 0..{hp.num_layers - 1} (NUM_LAYERS); VE_ENABLED=0 needs none"),
+        (hp.ve_enabled and not 0 < len(set(hp.ve_layers) & layers) == len(hp.ve_layers),
+         f"VE_LAYERS must name different layers of 0..{len(layers) - 1}; VE_ENABLED=0 needs none"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
-        (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must lie in 1..EVAL_SEQ_LEN"),
+        (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
-        (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > hp.num_layers,
+        (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
          "TTT_FREEZE_BLOCKS (the blocks that are trained) must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
-         f"QAT trains on STEP_RULE=absmax, STEP_RULE={hp.step_rule} exports other steps; set LATE_QAT_THRESHOLD=0"),
-        (Path(hp.run_id).name != hp.run_id or hp.run_id == "..", "RUN_ID is the name of a folder under logs/"),
-        (not set(stages) <= set(STAGES),
-         f"STAGES={hp.stages} is unknown; use {', '.join(STAGES)}, separated by commas"),
+         f"STEP_RULE={hp.step_rule} exports other steps than QAT trains on; set LATE_QAT_THRESHOLD=0"),
+        (Path(hp.run_id).name != hp.run_id or hp.run_id == "..", "RUN_ID must name a folder under logs/"),
+        (not set(stages) <= set(STAGES), f"STAGES={hp.stages}: use {', '.join(STAGES)}, separated by commas"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
 
 
 def problems(hp: Hyperparameters) -> list[str]:
-    """One line for every value outside its field's bounds, else for every conflict, which divides by them."""
+    """A line for every value out of bounds, else for every conflict."""
     found = []
     for name, f in hp.fields().items():
         value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
@@ -233,8 +225,8 @@ def problems(hp: Hyperparameters) -> list[str]:
     return found or conflicts(hp)
 
 
-def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Field]) -> tuple[dict, list[str]]:
-    """The settings that an environment gives over its preset, and a line for every name or text that is wrong."""
+def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Field]) -> tuple[dict, list]:
+    """The settings that an environment gives, and a line for every mistake."""
     given, errors = {}, doubtful_names(env, fields)[0]
     overruled = {"GPTQ_LITE"} if env.get("FULL_GPTQ") == "1" else set()  # #601's full path never asks for it
     for name in env.keys() - overruled:
@@ -257,8 +249,8 @@ class Hyperparameters:
 
     preset: str = _run("pr606", "set of defaults", choices=tuple(PRESETS))
     run_id: str = _run("", "folder under logs/ (empty: preset-seed-time)")
-    stages: str = _run("train,quantize,evaluate", "parts of the pipeline to run, separated by commas")
-    artifact: str = _run("", "artifact to score with STAGES=evaluate (empty: the run's own)")
+    stages: str = _run("train,quantize,evaluate", "parts of the pipeline to run")
+    artifact: str = _run("", "file to score with STAGES=evaluate (empty: the run's own)")
     resume: bool = _run(False, "continue the interrupted run RUN_ID from its checkpoint")
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
     dtype: str = _run("auto", "arithmetic of the matrix products", choices=("auto", "bf16", "fp32"))
@@ -275,7 +267,7 @@ class Hyperparameters:
     num_heads: int = _model(8, "H, query heads", COUNT)
     num_kv_heads: int = _model(8, "G, key and value heads", COUNT)
     mlp_mult: float = _model(3.5, "MLP width in units of D", COUNT)
-    mlp_slope: float = _model(0.5, "negative slope of the LeakyReLU that is squared (0: ReLU squared)")
+    mlp_slope: float = _model(0.5, "negative slope of the LeakyReLU that is squared")
     rope_base: float = _model(10000.0, "RoPE base frequency", COUNT)
     rope_dims: int = _model(16, "dimensions of a head that RoPE turns")
     rope_ntk_reference: int = _model(1024, "window length above which the RoPE base grows (0: never)")
@@ -298,9 +290,9 @@ class Hyperparameters:
     qk_gain_init: float = _train(1.5, "initial gain of the normalised queries, per head")
     ortho_init: bool = _train(True, "orthogonal initial matrices", off=False)
     iterations: int = _train(20000, "steps, at most", COUNT)
-    max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: no clock)")
-    warmup_steps: int = _train(20, "uncounted first steps; weights, optimiser and data are restored")
-    warmdown_iters: int = _train(3500, "last steps, over which the learning rate falls to zero")
+    max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: none)")
+    warmup_steps: int = _train(20, "uncounted first steps, undone afterwards")
+    warmdown_iters: int = _train(3500, "last steps, while the learning rate falls to 0")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
     tied_embed_lr: float = _train(0.035, "AdamW learning rate of the embedding tables")
@@ -316,26 +308,26 @@ class Hyperparameters:
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
     averaging: str = _train("ema", "weights that are exported", choices=("ema", "swa", "none"), off="none")
     ema_decay: float = _train(0.997, "EMA decay per step", "[0, 1)")
-    swa_every: int = _train(50, "steps between SWA snapshots, once the rate is below SWA_THRESHOLD", COUNT)
-    swa_threshold: float = _train(0.2, "learning-rate scale below which SWA collects")
+    swa_every: int = _train(50, "steps between SWA snapshots", COUNT)
+    swa_threshold: float = _train(0.2, "learning-rate scale below which they are taken")
     late_qat_threshold: float = _train(0.5, "learning-rate scale below which QAT runs (0: never)", off=0.0)
     soft_round_qat: bool = _train(True, "soft rounding (0: hard rounding, straight-through)", off=False)
     soft_round_alpha: float = _train(16.0, "sharpness that soft rounding reaches at the end, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "step of a row: its largest weight, the clip of least weighted error, "
-                               "or GPTQ-lite's percentile", choices=("absmax", "clip", "lite"))
+    step_rule: str = _quantise("absmax", "a row's step: by its largest weight, the best clip, or GPTQ-lite's",
+                               choices=("absmax", "clip", "lite"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
-    prune_pct: float = _quantise(0.02, "share of a matrix's smallest weights that become zero", "[0, 1)", off=0.0)
+    prune_pct: float = _quantise(0.02, "share of the smallest weights that become zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
     artifact_limit: int = _quantise(16_000_000, "bytes of code and model together, at most", COUNT)
 
     eval_seq_len: int = _score(2048, "T while scoring", COUNT)
     eval_stride: int = _score(32, "tokens between the starts of sliding windows", COUNT)
-    skip_sliding: bool = _score(True, "no sliding score apart from the one with test-time training")
-    eval_seconds: float = _score(600.0, "evaluation clock; training inside TTT stops early enough (0: no clock)")
+    skip_sliding: bool = _score(True, "no sliding score without test-time training")
+    eval_seconds: float = _score(600.0, "evaluation clock, for which TTT stops training in time (0: none)")
     ttt_enabled: bool = _score(True, "score-first test-time training", off=False)
     ttt_optimizer: str = _score("adamw", "optimiser of TTT", choices=("adamw", "sgd"))
     ttt_lr: float = _score(1e-4, "learning rate at the first chunk")
@@ -343,10 +335,10 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a chunk once it is scored", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains: the last blocks and all scales, control tensors, all",
+    ttt_params: str = _score("blocks", "the last blocks and all scales, or control tensors, or all",
                              choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "the last N blocks are trained; the name is #606's")
-    ttt_schedule: str = _score("run", "cosine over the run's chunks, over each chunk's steps, or constant",
+    ttt_schedule: str = _score("run", "cosine over the run's chunks, over a chunk's steps, or constant",
                                choices=("run", "chunk", "constant"))
     ttt_perlayer_lr: bool = _score(False, "mlp.proj at 3x and mlp.fc at 0.5x the rate (#601)")
     ttt_temperature: float = _score(0.98, "lowest adaptive temperature, at zero entropy (1: off)", off=1.0)
@@ -359,10 +351,7 @@ class Hyperparameters:
 
     @staticmethod
     def from_env(env: Mapping[str, str]) -> Hyperparameters:
-        """Settings from a mapping of environment names to strings, and from nothing else.
-
-        Raises ValueError with one line for every bad, misspelt or contradictory setting.
-        """
+        """Settings from a mapping of names to strings alone; ValueError with a line for every mistake."""
         given, errors = read_environment(env, Hyperparameters.fields())
         preset = given.get("preset", "pr606")
         if preset not in PRESETS:
@@ -374,39 +363,36 @@ class Hyperparameters:
 
     def changed(self) -> dict[str, object]:
         """The settings that differ from the preset."""
-        usual = Hyperparameters(**{**PRESETS[self.preset], "preset": self.preset})
-        return {name: getattr(self, name) for name in self.fields()
-                if getattr(self, name) != getattr(usual, name)}
+        usual = {name: f.default for name, f in self.fields().items()} | PRESETS[self.preset]
+        usual["preset"] = self.preset
+        return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
 def settings_table() -> str:
-    """Every setting with its value in each preset, as a Markdown table."""
+    """Every setting with its value in each preset, in Markdown."""
     show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else \
         f"{value:g}" if isinstance(value, (bool, float)) else str(value) or '""'
-    rows = [("name", *PRESETS, "meaning")]
+    rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
         values = [show({"preset": preset, **given}.get(name, f.default)) for preset, given in PRESETS.items()]
         choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
         rows.append((name.upper(), *values, f.metadata["meaning"] + choices))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, tuple("-" * width for width in widths))
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 2 Machine
 #
-# `World` is this process among its equals. On one process every operation is the identity, so no other section
-# asks whether it runs alone. What was tuned to a kind of device stands in one table, and nothing below asks what
-# the device is.
+# `World` is this process among its equals: alone, every operation is the identity. What was tuned to a kind
+# of device stands in one table, and nothing below asks what the device is.
 
 class RMSNorm(torch.autograd.Function):
-    """F.rms_norm without a weight, its scale in the dtype of x, three times faster on a CPU: five passes."""
+    """F.rms_norm without a weight, its scale in the dtype of x: three times faster on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) over the last dimension."""
-        wide = torch.promote_types(x.dtype, torch.float32)  # vecdot would be bf16, and its eps, under autocast
+        wide = torch.promote_types(x.dtype, torch.float32)  # vecdot's would be bf16 under autocast
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.size(-1)
         scale = torch.rsqrt(mean_square + torch.finfo(wide).eps).to(x.dtype)
         y = x * scale
@@ -421,16 +407,19 @@ class RMSNorm(torch.autograd.Function):
 
 
 def stock_rms_norm(x: Tensor) -> Tensor:
-    """PyTorch's, back in the dtype of x: CUDA's autocast would make the whole stream float32."""
+    """PyTorch's, in the dtype of x: CUDA's autocast would make the whole stream float32."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
+
+
+def key_values(values: Mapping[str, object]) -> str:
+    """A mapping in the log's grammar."""
+    show = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
+    return " ".join(f"{key}:{show(value)}" for key, value in values.items())
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tuned to a kind of device.
-
-    On a CPU a batch should stay in its caches: 1.4 to 2 times faster scoring, 1.3 times faster training.
-    """
+    """What was tuned to a kind of device; on a CPU a batch should stay in its caches."""
 
     norm: Callable[[Tensor], Tensor]
     logits: int   # elements of the logits held at a time while training
@@ -447,45 +436,33 @@ TUNING = {
 
 
 def tuning_of(x: Tensor) -> Tuning:
-    """The table's row for a tensor's device; under the compiler, which fuses as on CUDA, that of CUDA."""
+    """A tensor's row; the compiler fuses as CUDA does."""
     return TUNING["cuda" if torch.compiler.is_compiling() else x.device.type]
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square norm over the last dimension, without a weight, in the dtype of x."""
+    """x over its root mean square in the last dimension, in the dtype of x."""
     return TUNING[x.device.type].norm(x)
 
 
-def cpu_info() -> str:
-    """What Linux says of the processor; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
 class World:
-    """Rank, size and device of this process, and the collectives that a run needs.
-
-    env is the process's environment (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, ...). Raises UserError where the
-    device that `hp` asks for is not there.
-    """
+    """Rank, size and device of this process, and the collectives that a run needs."""
 
     def __init__(self, hp: Hyperparameters, env: Mapping[str, str]):
         self.rank, self.size, local = (
             int(env.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.grouped, devices = self.size > 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if hp.device == "cuda" and not devices:
-            raise UserError("DEVICE=cuda, but PyTorch sees no CUDA device; use DEVICE=auto or a CUDA build of torch")
-        self.on_cuda = devices > 0 and hp.device != "cpu"
+        self.on_cuda = hp.device == "cuda" or hp.device == "auto" and devices > 0
         if self.on_cuda and local >= devices:
-            raise UserError(f"{local + 1} processes on this node, but {devices} CUDA devices; "
-                            f"lower --nproc_per_node (run.sh: NPROC)")
+            raise UserError(f"{local + 1} processes want a CUDA device here, but PyTorch sees {devices}; "
+                            f"lower --nproc_per_node (NPROC), install a CUDA build of torch, or set DEVICE=cpu")
         self.device = torch.device("cuda", local) if self.on_cuda else torch.device("cpu")
         self.tuning = TUNING[self.device.type]
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             units = torch.cuda.get_device_capability(self.device) >= (8, 0)
-        else:  # where a CPU has bf16 units they pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores)
-            units = any(flag in cpu_info() for flag in ("avx512_bf16", "amx_bf16"))
+        else:  # bf16 units pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores)
+            units = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
         self.dtype = torch.bfloat16 if {"bf16": True, "fp32": False}.get(hp.dtype, units) else torch.float32
         if self.grouped:
             dist.init_process_group("nccl" if self.on_cuda else "gloo", timeout=timedelta(minutes=20))
@@ -497,54 +474,50 @@ class World:
         return tensor
 
     def max(self, value: float) -> float:
-        """The largest of the ranks' values."""
         if not self.grouped:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The source rank's tensor on every rank, in place."""
+    def broadcast_(self, tensor: Tensor) -> Tensor:
         if self.grouped:
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, 0)
         return tensor
 
     def gather(self, part: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """All ranks' parts one after the other along the first dimension, and what waits for them."""
+        """All ranks' parts one after the other, and what waits for them."""
         if not self.grouped:
             return part, lambda: None
         whole = part.new_empty(len(part) * self.size, *part.shape[1:])
         return whole, dist.all_gather_single(whole, part.contiguous(), async_op=True).wait
 
     def shard(self, count: int) -> range:
-        """This rank's contiguous share of `count` things; shares differ by at most one."""
+        """This rank's contiguous share; shares differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def same_everywhere(self, tensor: Tensor) -> bool:
-        """Whether all ranks hold the same numbers, by a float64 checksum."""
+        """Whether all ranks hold the same numbers, by a checksum."""
         checksum = tensor.double().sum().item()
         return self.max(checksum) == -self.max(-checksum)
 
     def barrier(self) -> None:
-        """Wait for every rank."""
         self.max(0.0)
 
     def synchronize(self) -> None:
-        """Wait for the device, before a host clock is read."""
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The arithmetic of every forward pass: bf16 matrix products on fp32 weights, or plain fp32."""
+        """bf16 matrix products on fp32 weights, or plain fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device; the copy runs while the device still computes."""
+        """A host tensor on the device; the copy runs while the device computes."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """A copy on the host, and what waits until it is there."""
+        """A copy on the host, and what waits for it."""
         if not self.on_cuda:
             return tensor.clone(), lambda: None
         copy, event = torch.empty(tensor.shape, pin_memory=True), torch.cuda.Event()
@@ -552,44 +525,42 @@ class World:
         event.record()
         return copy, event.synchronize
 
-    def free_memory(self) -> float:
-        """Bytes of a CUDA device that activations may take."""
-        return torch.cuda.mem_get_info(self.device)[0] * 0.7
-
     def peak_memory(self) -> int:
-        """Bytes: the device's peak on CUDA, the process's peak elsewhere."""
         if self.on_cuda:
             return torch.cuda.max_memory_allocated(self.device)
         import resource  # POSIX only
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def matrix_rate(self) -> float:
-        """FLOP per second of a large square product in the run's arithmetic, the best of four."""
-        a, fastest = torch.ones(self.tuning.probe, self.tuning.probe, device=self.device, dtype=self.dtype), math.inf
-        for _ in range(4):
+    def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """The shortest time that some work took."""
+        times = []
+        for _ in range(repeats):
             self.synchronize()
             start = time.perf_counter()
-            a @ a
+            work()
             self.synchronize()
-            fastest = min(fastest, time.perf_counter() - start)
-        return 2 * len(a) ** 3 / fastest
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def matrix_rate(self) -> float:
+        """FLOP per second of a large square product, measured."""
+        a = torch.ones(self.tuning.probe, self.tuning.probe, device=self.device, dtype=self.dtype)
+        return 2 * len(a) ** 3 / self.seconds(lambda: a @ a, repeats=4)
 
     def hardware(self) -> str:
         """The machine and the versions, in one line."""
-        names = [line.split(": ")[1] for line in cpu_info().splitlines() if line.startswith("model name")]
-        name = torch.cuda.get_device_name(self.device) if self.on_cuda else [*names, platform.processor() or "CPU"][0]
-        versions = {"python": platform.python_version(), **{
-            module.__name__: module.__version__ for module in (torch, np, sentencepiece, zstandard)}}
-        return f"device:{self.size}x {name} threads:{torch.get_num_threads()} " + " ".join(
-            f"{key}:{version}" for key, version in versions.items())
+        name = torch.cuda.get_device_name(self.device) if self.on_cuda else \
+            torch.cpu.get_capabilities().get("cpu_name", "CPU")
+        versions = " ".join(f"{m.__name__}:{m.__version__}" for m in (torch, np, sentencepiece, zstandard))
+        return (f"device:{self.size}x {name} threads:{torch.get_num_threads()} "
+                f"python:{platform.python_version()} {versions}")
 
     def close(self) -> None:
-        """Leave the process group."""
         dist.destroy_process_group()
 
 
 def flash_attention_3() -> Callable | None:
-    """FlashAttention 3's function where it is installed; looked up late, never at import."""
+    """FlashAttention 3 where it is installed; looked up late, never at import."""
     try:
         from flash_attn_interface import flash_attn_func
     except (ImportError, OSError, RuntimeError):  # also a build for another torch
@@ -613,20 +584,15 @@ SDPA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_A
 
 
 def sdpa_by(*kernels: str) -> Callable:
-    """sdpa_attention by the first of the named kernels that takes the input."""
-    order = [SDPA_KERNELS[name] for name in kernels]
-
+    """sdpa_attention by the first of the kernels that takes the input."""
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
+        with sdpa_kernel([SDPA_KERNELS[name] for name in kernels], set_priority=True):
             return sdpa_attention(q, k, v)
     return attend
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with the scores written out, a block of queries at a time against the keys before its end.
-
-    On a CPU in bf16 1.6 to 2 times faster than SDPA for T = 256 to 2,048; in fp32 slower.
-    """
+    """The same in blocks of queries, scores written out: in bf16 on a CPU 1.6 to 2 times faster."""
     (B, T, H, width), G = q.shape, k.size(2)
     block, parts = 256 if T > 256 else 128, []
     q, k, v = (x.transpose(1, 2) for x in (q * width ** -0.5, k, v))
@@ -645,63 +611,55 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def time_attention(attend: Callable, hp: Hyperparameters, world: World) -> float:
-    """Milliseconds of a layer's attention of 16,384 tokens, forward and backward; inf where it does not run."""
-    B, T, width, fastest = max(16384 // hp.train_seq_len, 1), hp.train_seq_len, hp.model_dim // hp.num_heads, math.inf
+    """Milliseconds of a layer's attention of 16,384 tokens, both ways; inf where it does not run."""
+    B, T, width = max(16384 // hp.train_seq_len, 1), hp.train_seq_len, hp.model_dim // hp.num_heads
     q, k, v = (torch.ones(B, T, heads, width, device=world.device, dtype=world.dtype, requires_grad=True)
                for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads))
+    passes = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), torch.ones_like(q))
     with contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
-        for _ in range(4):
-            world.synchronize()
-            start = time.perf_counter()
-            out = attend(q, k, v)
-            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-            world.synchronize()
-            fastest = min(fastest, 1000 * (time.perf_counter() - start))
-    return fastest
+        return 1000 * world.seconds(passes, repeats=4)
+    return math.inf
 
 
 def choose_attention(hp: Hyperparameters, world: World) -> tuple[str, Callable]:
-    """The fastest attention kernel at hand, the same on all ranks: its name for the log, and its function."""
+    """The fastest attention kernel at hand, the same on all ranks: name and function."""
     if not world.on_cuda and hp.attention == "auto":
         return "dense in blocks in bf16, else sdpa", cpu_attention
-    fa3 = flash_attention_3() if world.dtype == torch.bfloat16 and hp.attention != "sdpa" else None
+    fa3 = flash_attention_3() if world.on_cuda and world.dtype == torch.bfloat16 else None
     if not fa3 and hp.attention == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package")
-    kernels = {"flash-attention-3": fa3} if fa3 else {}
-    if hp.attention != "fa3":
-        kernels |= {name: sdpa_by(name) for name in SDPA_KERNELS if name != "math"}  # never the fastest
-    times = {name: time_attention(attend, hp, world) for name, attend in kernels.items()}
-    best = torch.tensor(min(range(len(times)), key=list(times.values()).__getitem__), device=world.device)
-    name = list(times)[world.broadcast_(best).item()]
-    attend = fa3 if name == "flash-attention-3" else sdpa_by(name, *(other for other in SDPA_KERNELS if other != name))
-    note = "" if fa3 or not world.on_cuda else "; on a Hopper GPU FlashAttention 3 would take more steps"
-    return f"{name} (ms per layer and 16,384 tokens: {', '.join(f'{k} {v:.3g}' for k, v in times.items())}{note})", attend
+    if fa3 and hp.attention != "sdpa":
+        return "flash-attention-3", fa3
+    names = [*SDPA_KERNELS][:-1]  # math writes the scores out: never the fastest
+    times = [time_attention(sdpa_by(name), hp, world) for name in names]
+    best = names[world.broadcast_(torch.tensor(np.argmin(times), device=world.device)).item()]
+    note = "; on a Hopper GPU FlashAttention 3 would take more steps" * world.on_cuda
+    return (f"sdpa-{best} (ms per layer and 16,384 tokens: {key_values(dict(zip(names, times)))}{note})",
+            sdpa_by(*dict.fromkeys((best, *SDPA_KERNELS))))
 
 
-def wants_compile(hp: Hyperparameters, world: World, flops: float, log: Callable[[str], None]) -> bool:
-    """COMPILE, or where it is auto: on CUDA always, on a CPU where so many FLOP earn the compiler's time back."""
-    if hp.compile != "auto" or not world.on_cuda and flops < 2e14:
+def wants_compile(hp: Hyperparameters, world: World, log: Callable[[str], None]) -> bool:
+    """COMPILE, or where it is auto: on CUDA; two cores take a step faster eagerly."""
+    if hp.compile != "auto" or not world.on_cuda:
         return hp.compile == "1"
     needs = {"C++ compiler": any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-             "Triton": not world.on_cuda or importlib.util.find_spec("triton")}
+             "Triton": importlib.util.find_spec("triton")}
     for missing in (name for name, there in needs.items() if not there):
         log(f"compile:off reason:no {missing} found, running eagerly")
     return all(needs.values())
 
 
 def activation_bytes(hp: Hyperparameters, world: World, compiling: bool) -> float:
-    """About what a token leaves behind for the backward pass, fitted to #606's 26.2 GB for 98,304 tokens.
-
-    Run eagerly on CUDA, autocast keeps float32 copies besides; two and a half times as much, not measured.
-    """
+    """What a token leaves for the backward pass, fitted to #606's 26.2 GB; eagerly 2.5 times."""
     fused = 2 * hp.num_layers * (14 + 3 * hp.mlp_mult) * hp.model_dim + 12 * hp.vocab_size
     return 2.5 * fused if world.on_cuda and not compiling else fused
 
 
 def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bool) -> int:
-    """Sequences per micro-step on this rank: GRAD_ACCUM_STEPS, or as many as memory or caches take."""
-    tokens = world.free_memory() / activation_bytes(hp, world, compiling) if world.on_cuda else \
-        2 * world.tuning.scoring / hp.model_dim
+    """Sequences per micro-step: GRAD_ACCUM_STEPS, or as many as memory or caches take."""
+    tokens = 2 * world.tuning.scoring / hp.model_dim
+    if world.on_cuda:
+        tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp, world, compiling)
     least = max(math.ceil(sequences * hp.train_seq_len / tokens), 1)
     # parts of one size share a graph
     equal = next((n for n in range(least, 2 * least) if sequences % n == 0), least)
@@ -709,22 +667,16 @@ def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bo
 
 
 def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.inf) -> int:
-    """Tokens per scoring batch and rank: at least a window, at most what the windows of `chunk` positions hold."""
+    """Tokens per scoring batch: at least a window, at most those of `chunk` positions."""
     in_chunk = chunk / hp.eval_stride / world.size * hp.eval_seq_len
     return int(max(hp.eval_seq_len, min(world.tuning.scoring // hp.model_dim, in_chunk)))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 3 Run log
 #
-# What a run says and keeps: lines and metrics of rank 0, files that are there whole or not at all, the clock of
-# training, a ledger for each of the challenge's two budgets. `Run` carries them from stage to stage.
-
-def key_values(values: Mapping[str, object]) -> str:
-    """A mapping in the log's grammar, floats to five significant digits."""
-    show = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
-    return " ".join(f"{key}:{show(value)}" for key, value in values.items())
-
+# Lines and metrics of rank 0, files that are there whole or not at all, the clock of training, a ledger for
+# each of the challenge's two budgets. `Run` carries them from stage to stage.
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
@@ -744,67 +696,58 @@ def saved(state: object) -> bytes:
 
 
 class RunLog:
-    """Log lines to console and log.txt, metrics as JSON lines to metrics.jsonl; silent on ranks above 0."""
+    """Lines to console and log.txt, JSON to metrics.jsonl; silent without a folder."""
 
     def __init__(self, folder: Path | None):
-        self.text = self.metrics = None
-        self.live, self.shown = folder is not None and sys.stdout.isatty(), 0.0
+        self.live, self.shown, self.text = folder is not None and sys.stdout.isatty(), 0.0, None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text = open(folder / "log.txt", "a", encoding="utf-8")
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            self.text, self.metrics = (
+                open(folder / name, "a", encoding="utf-8") for name in ("log.txt", "metrics.jsonl"))
 
     def __call__(self, line: str, console: bool = True) -> None:
-        """One line: an event, then key:value pairs."""
         if self.text:
             if console:
-                print(f"\r\x1b[2K{line}" if self.live else line, flush=True)
+                print("\r\x1b[2K" * self.live + line, flush=True)
             print(line, file=self.text, flush=True)
 
     def status(self, line: str) -> None:
-        """A line that the next one replaces: on a terminal only, a few times a second at most."""
+        """A line that the next one replaces, on a terminal."""
         if self.live and time.perf_counter() - self.shown > 0.2:
             self.shown = time.perf_counter()
             print(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def metric(self, event: str, **values) -> None:
-        """One JSON line."""
-        if self.metrics:
+        if self.text:
             print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
 
     def proof(self, technique: str, values: Mapping[str, object] | None) -> None:
-        """Measured evidence that a technique was on; nothing where it was not."""
         if values:
             self(f"proof technique:{technique} {key_values(values)}")
 
 
 class Clock:
-    """Seconds of training, still during validation; and where all ranks agree that it stood after some step."""
+    """Seconds of training, and where all ranks agree that it stood after some step."""
 
     def __init__(self, limit: float):
         self.limit, self.before, self.started = limit, 0.0, None  # a limit of 0 is none
         self.agreed, self.agreed_step = 0.0, 0
 
     def start(self) -> None:
-        """Run."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        """Stand still."""
         self.before, self.started = self.elapsed, None
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the clock has run."""
-        return self.before + (time.perf_counter() - self.started if self.started is not None else 0.0)
+        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
 
     def at(self, step: int) -> float:
-        """The agreed clock, carried forward to the start of a step."""
-        return self.agreed * step / self.agreed_step if self.agreed_step else 0.0
+        return self.agreed * step / max(self.agreed_step, 1)
 
     def out_of_time(self, step: int) -> bool:
-        """Whether `step` would start beyond the limit."""
-        return bool(self.limit and self.agreed_step) and self.at(step) > self.limit
+        return 0 < self.limit < self.at(step)
 
     def state_dict(self) -> dict:
         return {"before": self.elapsed, "agreed": self.agreed, "agreed_step": self.agreed_step}
@@ -814,7 +757,7 @@ class Clock:
 
 
 class Budget:
-    """Seconds per phase against one of the challenge's two clocks; phases that do not count are listed apart."""
+    """Seconds per phase against one of the challenge's clocks, and those that do not count."""
 
     def __init__(self, name: str, world: World, limit: float):
         self.name, self.world, self.limit = name, world, limit
@@ -823,7 +766,6 @@ class Budget:
 
     @contextlib.contextmanager
     def phase(self, name: str, counted: bool = True) -> Iterator[None]:
-        """Time the body as one phase, to the slowest rank."""
         self.world.synchronize()
         start = time.perf_counter()
         yield
@@ -831,86 +773,71 @@ class Budget:
         self.add(name, self.world.max(time.perf_counter() - start), counted)
 
     def add(self, name: str, seconds: float, counted: bool = True) -> None:
-        """Book seconds that were measured elsewhere."""
         phases = self.counted if counted else self.uncounted
         phases[name] = phases.get(name, 0.0) + seconds
 
     @property
-    def used(self) -> float:
-        """Counted seconds so far."""
-        return sum(self.counted.values())
-
-    @property
     def left(self) -> float:
-        """Seconds before the limit."""
-        return self.limit - self.used if self.limit else math.inf
+        return (self.limit or math.inf) - sum(self.counted.values())
 
-    def report(self) -> dict:
-        """What result.json holds."""
-        return {"limit": self.limit, "used": self.used, "within": self.left >= 0,
-                "counted": self.counted, "uncounted": self.uncounted}
-
-    def lines(self) -> Iterator[str]:
-        """The clock as a table for the log."""
+    def report(self, log: RunLog) -> dict:
+        """The clock as a table for the log, and what result.json holds."""
+        used, limit = sum(self.counted.values()), f"{self.limit:.0f}s" if self.limit else "none"
         for phases, note in ((self.counted, ""), (self.uncounted, " (not counted)")):
             for phase, seconds in phases.items():
-                yield f"budget clock:{self.name} phase:{phase} seconds:{seconds:.1f}{note}"
-        limit, within = f"{self.limit:.0f}s" if self.limit else "none", "yes" if self.left >= 0 else "NO"
-        yield f"budget clock:{self.name} used:{self.used:.1f}s limit:{limit} within:{within}"
+                log(f"budget clock:{self.name} phase:{phase} seconds:{seconds:.1f}{note}")
+        within = "yes" if self.left >= 0 else "NO"
+        log(f"budget clock:{self.name} used:{used:.1f}s limit:{limit} within:{within}")
+        return {"limit": self.limit, "used": used, "within": self.left >= 0,
+                "counted": self.counted, "uncounted": self.uncounted}
 
 
-def merge(known: dict, found: Mapping) -> dict:
-    """Put findings into what is known, dictionaries into dictionaries; returns `known`."""
+def merge(known: dict, found: Mapping) -> None:
+    """Put findings into what is known, dictionaries into dictionaries."""
     for key, value in found.items():
         if isinstance(value, Mapping) and isinstance(known.get(key), dict):
             merge(known[key], value)
         else:
             known[key] = value
-    return known
 
 
 @dataclass
 class Run:
-    """What every stage is given: settings, machine, log, folder, both ledgers, the bytes of code that count."""
+    """What every stage is given."""
 
     hp: Hyperparameters
     world: World
     log: RunLog
     folder: Path
-    code_bytes: int
+    code_bytes: int     # of the script, which count against the limit
     training: Budget
     evaluation: Budget
-    result: dict
+    result: dict        # what result.json holds
 
     @property
     def room(self) -> int:
-        """Bytes that the model may take."""
         return self.hp.artifact_limit - self.code_bytes
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of the run's folder, by rank 0."""
         if self.world.rank == 0:
             write_atomically(self.folder / name, data)
 
     def record(self, found: Mapping) -> None:
-        """Merge what a stage found into result.json."""
         merge(self.result, found)
         self.write("result.json", json.dumps(self.result, indent=1).encode())
 
 
 class ProgressLine:
-    """A log line now and then with the running score, the speed and the time left."""
+    """A log line now and then with running score, speed and time left."""
 
     def __init__(self, log: RunLog, name: str, total: int, every: float = 15.0):
         self.log, self.name, self.total, self.every = log, name, total, every
         self.start = self.last = time.perf_counter()
 
     def due(self) -> bool:
-        """Whether it is time for a line; asked first, because reading a score waits for the device."""
         return time.perf_counter() - self.last > self.every
 
     def __call__(self, done: int, val_bpb: float, extra: str = "") -> None:
-        """`done` of `total` positions are scored."""
         elapsed = time.perf_counter() - self.start
         if 0 < done < self.total:
             self.last = time.perf_counter()
@@ -918,12 +845,12 @@ class ProgressLine:
                      f"tokens/s:{done / elapsed:.0f} left:{elapsed / done * (self.total - done):.0f}s{extra}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 4 Data
 #
-# Shards of 16-bit token ids come in, batches of sequences go out, in the submissions' order: files by name, read
-# straight through, eight spans per step, whatever the number of ranks. `ByteTable` turns tokens into bytes, which
-# makes scores of different tokenizers comparable.
+# Shards of 16-bit token ids come in, batches of sequences go out, in the submissions' order: files by name,
+# eight spans per step, whatever the number of ranks. `ByteTable` makes scores of different tokenizers
+# comparable.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 BOS = 1
@@ -931,29 +858,25 @@ SPANS_PER_STEP = 8
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """The token ids of one shard, uint16, memory-mapped.
-
-    Raises UserError where the file is missing, is not a shard, or is shorter or longer than its header says.
-    """
+    """A shard's token ids, uint16, memory-mapped; UserError where it is not what its header says."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; `python data/prepare.py` makes or downloads shards")
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
-    if header.size < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); fetch it again")
+    if header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION] or header.size < SHARD_HEADER:
+        raise UserError(f"{path} is not a token shard of version {SHARD_VERSION}; fetch it again")
     count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != SHARD_HEADER * 4 + 2 * count:
-        raise UserError(f"{path} has {size} bytes where its header promises {SHARD_HEADER * 4 + 2 * count} "
+    if count < 1 or size != header.nbytes + 2 * count:
+        raise UserError(f"{path} has {size} bytes where its header promises {header.nbytes + 2 * count} "
                         f"({count} tokens); it is damaged or half downloaded, fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER * 4, shape=(count,))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(count,))
 
 
 def read_split(folder: str, split: str) -> list[np.ndarray]:
     """All shards of a split in order of their names."""
     files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not files:
-        raise UserError(f"no {split} shards (fineweb_{split}_*.bin) in {folder}; set DATA_PATH, or make them with "
-                        f"`python data/prepare.py`")
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}; set DATA_PATH or run data/prepare.py")
     return [read_shard(file) for file in files]
 
 
@@ -961,37 +884,34 @@ def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
     """Raise UserError unless every id is below vocab_size; ranks share the reading."""
     largest = [int(shards[i].max()) for i in range(world.rank, len(shards), world.size)]
     if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
-        raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}; data and setting do not match")
+        raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}")
 
 
 class ByteTable:
     """UTF-8 bytes per token by the challenge's rule.
 
-    Control, unknown and unused pieces count nothing and are boundaries, a byte piece counts one; any other counts
+    Control, unknown and unused pieces count nothing and are boundaries, a byte piece counts one; any other
     its text without one leading U+2581, which counts a byte unless a boundary comes before.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
-        size = processor.get_piece_size()
-        self.bytes, self.space, self.boundary = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
-        for i in range(size):
-            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-                self.boundary[i] = True
-            elif processor.is_byte(i):
-                self.bytes[i] = 1
-            else:
-                piece = processor.id_to_piece(i)
-                self.space[i] = piece.startswith("\u2581")
-                self.bytes[i] = len(piece.removeprefix("\u2581").encode())
+        ids = range(processor.get_piece_size())
+        pieces = [processor.id_to_piece(i) for i in ids]
+        self.boundary = np.array(
+            [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids])
+        self.space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
+        lengths = [1 if processor.is_byte(i) else len(pieces[i].removeprefix("\u2581").encode()) for i in ids]
+        self.bytes = np.where(self.boundary, 0, lengths).astype(np.int32)
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes charged for each target after its previous token; int tensors of one shape, int32 out."""
+        """Bytes of each target after its previous token; ints of one shape, int32 out."""
         p, t = previous.cpu().numpy(), target.cpu().numpy()
-        return torch.from_numpy(np.asarray(self.bytes[t] + (self.space[t] & ~self.boundary[p]), dtype=np.int32))
+        counts = self.bytes[t] + (self.space[t] & ~self.boundary[p])
+        return torch.from_numpy(np.asarray(counts, dtype=np.int32))
 
 
 def bpb_per_nat(byte_counts: Tensor) -> float:
-    """Bits per byte of a mean loss of one nat per token, for targets that stand for so many bytes each."""
+    """Bits per byte of one nat per token, for targets of so many bytes."""
     return len(byte_counts) / math.log(2) / max(int(byte_counts.sum(dtype=torch.int64)), 1)
 
 
@@ -999,82 +919,58 @@ class TokenStream:
     """Training tokens in their published order, wrapping around."""
 
     def __init__(self, shards: list[np.ndarray]):
-        self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.shards, self.position = shards, 0
+        self.ends = np.cumsum([len(shard) for shard in shards])
         self.total = int(self.ends[-1])
-        self.position = 0
 
-    def take(self, count: int) -> np.ndarray:
-        """The next `count` tokens, int64."""
+    def read(self, at: int, count: int) -> np.ndarray:
         pieces = []
         while count:
-            at = self.position % self.total
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            offset = at - (int(self.ends[index]) - len(self.shards[index]))
-            piece = self.shards[index][offset: offset + count]
-            pieces.append(piece)
-            self.position += len(piece)
-            count -= len(piece)
+            index = int(np.searchsorted(self.ends, at % self.total, side="right"))
+            offset = at % self.total - (int(self.ends[index]) - len(self.shards[index]))
+            pieces.append(self.shards[index][offset: offset + count])
+            at, count = at + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces).astype(np.int64)
 
     def step(self, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """The sequences of one optimiser step, (batch_tokens / seq_len, seq_len + 1) int64.
+        """The sequences of the next optimiser step, (batch_tokens / seq_len, seq_len + 1) int64.
 
-        Eight spans of batch_tokens / 8 + 1 tokens, as the submissions read them on 1 to 8 GPUs, or one span where
-        that does not divide into sequences. A sequence's last token is the next one's first.
+        Eight spans of batch_tokens / 8 + 1 tokens, as the submissions read them, or one where that is no
+        whole number of sequences. A sequence's last token is the next one's first.
         """
-        whole = batch_tokens % (SPANS_PER_STEP * seq_len) == 0
-        spans = SPANS_PER_STEP if whole else 1
-        length = batch_tokens // spans
-        cut = np.lib.stride_tricks.sliding_window_view
-        return np.concatenate([cut(self.take(length + 1), seq_len + 1)[::seq_len] for _ in range(spans)])
+        spans = SPANS_PER_STEP if batch_tokens % (SPANS_PER_STEP * seq_len) == 0 else 1
+        length, rows = batch_tokens // spans + 1, []
+        for _ in range(spans):
+            span = self.read(self.position, length)
+            self.position += length
+            rows.append(np.lib.stride_tricks.sliding_window_view(span, seq_len + 1)[::seq_len])
+        return np.concatenate(rows)
 
     def sample(self, count: int, seq_len: int, seed: int) -> np.ndarray:
-        """`count` sequences from random places of the training tokens, (count, seq_len) int64."""
-        shards = [shard for shard in self.shards if len(shard) >= seq_len]
-        if not shards:
-            raise UserError(f"no training shard holds {seq_len} tokens; use a smaller TRAIN_SEQ_LEN or more text")
-        rng = np.random.default_rng(seed)
-        sizes = np.array([len(shard) for shard in shards], dtype=np.float64)
-        chosen = rng.choice(len(shards), size=count, p=sizes / sizes.sum())
-        starts = [int(rng.integers(len(shards[i]) - seq_len + 1)) for i in chosen]
-        return np.stack([shards[i][at: at + seq_len] for i, at in zip(chosen, starts)]).astype(np.int64)
+        starts = np.random.default_rng(seed).integers(self.total, size=count)
+        return np.stack([self.read(int(at), seq_len) for at in starts])
 
     def bpb_per_nat(self, table: ByteTable) -> float:
-        """Bits per byte of a mean loss of one nat, by the first million training tokens."""
-        sample = torch.from_numpy(self.shards[0][: 1 << 20].astype(np.int64))
+        sample = torch.from_numpy(self.read(0, min(self.total, 1 << 20)))
         return bpb_per_nat(table.count(sample[:-1], sample[1:]))
-
-
-def validation_tokens(folder: str, seq_len: int) -> Tensor:
-    """The whole validation split, cut to a multiple of seq_len positions plus one token, int32."""
-    tokens = np.concatenate(read_split(folder, "val"))
-    positions = (len(tokens) - 1) // seq_len * seq_len
-    if positions < seq_len:
-        raise UserError(f"validation has {len(tokens)} tokens; EVAL_SEQ_LEN={seq_len} needs at least {seq_len + 1}")
-    return torch.from_numpy(tokens[: positions + 1].astype(np.int32))
 
 
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model, checked against VOCAB_SIZE."""
     if not Path(path).is_file():
-        raise UserError(f"tokenizer {path} is missing; set TOKENIZER_PATH, or make it with `python data/prepare.py`")
+        raise UserError(f"tokenizer {path} is missing; set TOKENIZER_PATH, or run `python data/prepare.py`")
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.Load(path)
     except (RuntimeError, OSError):
         raise UserError(f"{path} is not a SentencePiece model; set TOKENIZER_PATH") from None
-    if processor.get_piece_size() != vocab_size:
-        raise UserError(f"{path} has {processor.get_piece_size()} pieces, but VOCAB_SIZE={vocab_size}; "
-                        f"set VOCAB_SIZE={processor.get_piece_size()} or another TOKENIZER_PATH")
+    if (pieces := processor.get_piece_size()) != vocab_size:
+        raise UserError(f"{path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}; set one or the other")
     return processor
 
 
 def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int = 200) -> None:
-    """Decode the first validation documents and compare their bytes with the table's, to one byte per document.
-
-    Wrong byte tables have made published scores 4 to 20 % too good (#1143, #1719, #1184).
-    """
+    """Compare the table's bytes with decoded validation documents', to one byte each (#1143, #1719)."""
     sample = tokens[:1_000_000]
     starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
     spans = list(zip(starts, starts[1:])) or [(0, min(len(sample), 8192))]
@@ -1084,54 +980,50 @@ def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int
         counted += int(table.count(ids[:-1], ids[1:]).sum())
         decoded += len(processor.decode(ids[1:].tolist()).encode())
     if abs(counted - decoded) > len(spans) + 12 * (len(starts) < 2):  # a cut character decodes to U+FFFD
-        raise UserError(f"the byte table counts {counted} bytes where {len(spans)} decoded validation documents "
-                        f"have {decoded}; tokenizer and shards do not belong together")
+        raise UserError(f"the byte table counts {counted} bytes where {len(spans)} decoded documents have "
+                        f"{decoded}; tokenizer and shards do not belong together")
 
 
 @dataclass
 class Validation:
-    """The validation split on the device, the bytes of each target, and the tokenizer's byte table."""
+    """The validation split on the device, and the tokenizer's byte table."""
 
-    tokens: Tensor
-    byte_counts: Tensor
+    tokens: Tensor       # (positions + 1,) int32, cut to a multiple of EVAL_SEQ_LEN positions
+    byte_counts: Tensor  # (positions,) uint8
     corpus: str
     table: ByteTable
 
     @property
     def bytes(self) -> int:
-        """That all targets stand for."""
         return int(self.byte_counts.sum(dtype=torch.int64))
 
     @staticmethod
     def load(hp: Hyperparameters, world: World) -> Validation:
-        """Read and check validation shards and tokenizer. Raises UserError on anything that does not fit."""
-        processor = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
-        tokens = validation_tokens(hp.data_path, hp.eval_seq_len)
-        check_ids(read_split(hp.data_path, "val"), hp.vocab_size, world)
-        table = ByteTable(processor)
+        processor, shards = load_tokenizer(hp.tokenizer_path, hp.vocab_size), read_split(hp.data_path, "val")
+        check_ids(shards, hp.vocab_size, world)
+        whole, table, meta = np.concatenate(shards), ByteTable(processor), Path(hp.data_path) / "meta.json"
+        positions = (len(whole) - 1) // hp.eval_seq_len * hp.eval_seq_len
+        if not positions:
+            raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
+        tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
         check_byte_table(table, processor, tokens)
-        meta = Path(hp.data_path) / "meta.json"
         corpus = json.loads(meta.read_text()).get("corpus") if meta.is_file() else None
         counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # sentencepiece pieces are short
         corpus = corpus or Path(hp.data_path).name
         return Validation(tokens.to(world.device), counts.to(world.device), corpus, table)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 5 Grid and QAT
 #
-# The grid that QAT trains towards, GPTQ rounds to and the coder stores: signed codes within +-max_code and one
-# scale per row, kept as fp16 can hold it. Around a step's passes every quantised matrix holds its rounded value;
-# afterwards its gradient is multiplied by the derivative of the rounding and the weight restored. The compiled
-# model never knows: a flag inside the graph is folded away by the compiler, which is how #606, #545 and #576
-# trained without the QAT that they logged (#315).
+# The grid that QAT trains towards, GPTQ rounds to and the coder stores. Around a step's passes every
+# quantised matrix holds its rounded value; the compiled model never knows: a flag inside the graph is
+# folded away by the compiler, which is how #606, #545 and #576 trained without the QAT that they logged
+# (#315).
 
 @dataclass
 class QuantizedTensor:
-    """Integer codes with one scale per row: codes int8 (..., out, in), scales float (..., out), max_code int.
-
-    Codes of one role have like statistics.
-    """
+    """Codes int8 (..., out, in) within +-max_code, scales (..., out); codes of one role are alike."""
 
     codes: Tensor
     scales: Tensor
@@ -1139,7 +1031,6 @@ class QuantizedTensor:
     role: str = ""
 
     def dequantize(self) -> Tensor:
-        """The weights that the codes stand for, float32."""
         return self.codes.float() * self.scales.float().unsqueeze(-1)
 
 
@@ -1154,29 +1045,25 @@ def max_code_of(bits: int) -> int:
 
 
 def row_scales(weight: Tensor, max_code: int, multiplier: float | Tensor = 1.0) -> Tensor:
-    """The step of each row: its absmax over max_code, times the rate multiplier; (..., out, in) -> (..., out).
-
-    A multiplier above 1 leaves the outermost codes unused: fewer bits after entropy coding, a coarser grid.
-    """
+    """A row's step: absmax / max_code, times the rate multiplier; (..., out, in) -> (..., out)."""
     return (weight.abs().amax(dim=-1) * (multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
 def storable(scales: Tensor) -> Tensor:
-    """Scales as the artifact will hold them, rounded to fp16."""
+    """Scales as the artifact will hold them."""
     return scales.half().float().clamp_min(SCALE_FLOOR)
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, max_code: int) -> QuantizedTensor:
-    """Plain rounding to the nearest code; weight (..., out, in), scales (..., out)."""
+    """Round to the nearest code; weight (..., out, in), scales (..., out)."""
     codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
     return QuantizedTensor(codes.to(torch.int8), scales, max_code)
 
 
 def soft_round(y: Tensor, alpha: float | Tensor) -> Tensor:
-    """A smooth staircase through the half-integers, elementwise: the identity as alpha -> 0, then rounding.
+    """A smooth staircase, elementwise: the identity as alpha -> 0, rounding as it grows.
 
-    floor(y) + 1/2 + tanh(alpha r) / (2 tanh(alpha / 2)) with r = y - floor(y) - 1/2. Agustsson and Theis 2020,
-    arXiv:2006.09952.
+    floor(y) + 1/2 + tanh(alpha r) / (2 tanh(alpha / 2)), r = y - floor(y) - 1/2.  arXiv:2006.09952.
     """
     alpha = torch.as_tensor(alpha, dtype=y.dtype, device=y.device)
     low = torch.floor(y)
@@ -1196,75 +1083,64 @@ def grid_units(weights: Tensor, max_code: int, multiplier: float | Tensor) -> tu
     return (weights / scales).clamp_(-max_code, max_code), scales
 
 
-def soft_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> Tensor:
-    """Weights drawn towards the grid with sharpness alpha."""
+def soft_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights drawn towards the grid with sharpness alpha, and the derivative of that."""
     y, scales = grid_units(weights, max_code, multiplier)
-    return soft_round(y, alpha) * scales
+    return soft_round(y, alpha) * scales, soft_round_gradient(y, alpha)
 
 
-def soft_slope(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> Tensor:
-    """The derivative of soft_quantize at the weights."""
-    return soft_round_gradient(grid_units(weights, max_code, multiplier)[0], alpha)
-
-
-def hard_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> Tensor:
-    """Weights on the grid; alpha is not looked at."""
+def hard_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> tuple[Tensor, float]:
+    """Weights on the grid, and straight through, for want of a derivative (arXiv:1308.3432)."""
     y, scales = grid_units(weights, max_code, multiplier)
-    return torch.round(y) * scales
-
-
-def straight_through(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> float:
-    """The derivative that hard rounding is given for want of one (arXiv:1308.3432)."""
-    return 1.0
+    return torch.round(y) * scales, 1.0
 
 
 class FakeQuantizer:
     """Puts weights on the export grid for the passes of a step, and takes them off again.
 
-    stacks   (max_code, weights, gradients) of matrices (k, out, in) that are views of the parameters
-    The grid is row_scales with the rate multiplier, from the weights of each step. Multiplier and sharpness
-    reach the device as tensors: a Python number would wait for it, and recompile at every change.
+    stacks   (max_code, weights, gradients), views of the parameters (k, out, in)
+    Multiplier and sharpness are tensors: a number would wait for the device and recompile.
     """
 
     def __init__(self, stacks: list[tuple[int, Tensor, Tensor]], soft: bool = True,
                  wrap: Callable = lambda function: function):
-        self.stacks = stacks
+        self.stacks, self.rounding, self.slopes = stacks, wrap(soft_quantize if soft else hard_quantize), []
         self.kept = [torch.empty_like(weights) for _, weights, _ in stacks]
-        pair = (soft_quantize, soft_slope) if soft else (hard_quantize, straight_through)
-        self.rounding, self.slope = map(wrap, pair)
-        self.on_device = torch.ones(2, dtype=torch.float64, device=stacks[0][1].device)  # multiplier, sharpness
+        self.on_device = torch.ones(2, dtype=torch.float64, device=stacks[0][1].device)
         self.started_at: int | None = None  # the step, from 0, whose weights were the first to be rounded
         self.multiplier, self.distance_before = 1.0, math.nan
 
     @property
     def on(self) -> bool:
-        """Whether steps are rounded: once begun it stays, though a clock's learning rate may rise for a step."""
+        """Once begun it stays on, though a clock's learning rate may rise for a step."""
         return self.started_at is not None
 
     def begin(self, step: int, multiplier: float) -> None:
-        """Settle the grid: from this step on weights are rounded."""
         self.started_at, self.multiplier = step, multiplier
         self.distance_before = self.distance()
 
     @torch.no_grad()
     def quantize(self, alpha: float, rounding: Callable | None = None) -> None:
-        """Replace the weights by their rounded values, softly with sharpness alpha or as `rounding` does."""
+        """Round the weights, softly with sharpness alpha or as `rounding` does."""
+        self.slopes.clear()
         for tensor, value in zip(self.on_device, (self.multiplier, alpha)):
             tensor.fill_(value)
         for (max_code, weights, _), kept in zip(self.stacks, self.kept):
             kept.copy_(weights)
-            weights.copy_((rounding or self.rounding)(weights, max_code, *self.on_device))
+            rounded, slope = (rounding or self.rounding)(kept, max_code, *self.on_device)
+            weights.copy_(rounded)
+            self.slopes.append(slope)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the weights back bit for bit, and multiply the gradients by the derivative of the rounding."""
-        for (max_code, weights, grads), kept in zip(self.stacks, self.kept):
+        """The weights bit for bit as before, the gradients times the rounding's derivative."""
+        for (_, weights, grads), kept, slope in zip(self.stacks, self.kept, self.slopes):
             weights.copy_(kept)
-            grads.mul_(self.slope(weights, max_code, *self.on_device))
+            grads.mul_(slope)
 
     @torch.no_grad()
     def distance(self) -> float:
-        """Mean distance of the weights to their grid, in steps; 0.25 where nothing draws them there."""
+        """Mean distance of the weights to their grid in steps; 0.25 by chance."""
         off = [grid_units(weights, max_code, self.multiplier)[0] for max_code, weights, _ in self.stacks]
         total = sum((y - torch.round(y)).abs().sum(dtype=torch.float64) for y in off)
         return total.item() / sum(kept.numel() for kept in self.kept)
@@ -1276,14 +1152,14 @@ class FakeQuantizer:
         vars(self).update(state)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 6 Model
 #
-# Token ids in, soft-capped logits out; one class for training, calibration and scoring. The order of layers and
-# the skips between them are rows of data: the plan. What the submissions added to a plain GPT are parts, which
-# own their parameters' initial values, their role, and the values that silence them in a trained model.
-# Weights are fp32 masters, cast to the dtype of the activations, which is the caller's autocast's. Names in the
-# state dict are the submissions' own.
+# Token ids in, soft-capped logits out. The order of layers and the skips between them are rows of data: the
+# plan. What the submissions added to a plain GPT are parts, which own their parameters' initial values,
+# their role, and the values that silence them in a trained model. Weights are fp32 masters, cast to the
+# dtype of the activations, which is the caller's autocast's. Names in the state dict are the submissions'
+# own.
 
 # What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
 ROLES = {"attn": ("matrix", "attn_bits"), "mlp": ("matrix", "mlp_bits"), "embed": ("embed", "embed_bits"),
@@ -1296,7 +1172,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class CastLinear(nn.Module):
-    """A linear layer whose weight takes the dtype of its input; it starts orthogonal, times a gain."""
+    """A linear layer in the dtype of its input; it starts orthogonal, times a gain."""
 
     def __init__(self, columns: int, rows: int, role: str, gain: float = 1.0, orthogonal: bool = True):
         super().__init__()
@@ -1327,11 +1203,7 @@ class Embedding(nn.Module):
 
 
 def rotary_tables(length: int, dims: int, base: float, reference: int, device, dtype) -> Tensor:
-    """Cosines and sines of partial RoPE, (2, length, 1, dims / 2).
-
-    Windows longer than `reference` stretch the base by (length / reference)^(dims / (dims - 2)), the NTK rule
-    that #606 trained with; 0 never does.
-    """
+    """Cosines and sines, (2, length, 1, dims / 2); NTK-stretched beyond `reference` (#606), 0: never."""
     if reference and length > reference:
         base *= (length / reference) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / dims)
@@ -1340,14 +1212,14 @@ def rotary_tables(length: int, dims: int, base: float, reference: int, device, d
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first dimensions of every head, half against half; x (B, T, H, d), the rest from rotary_tables."""
+    """Turn the first dimensions of every head, half against half; x (B, T, H, d)."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half: 2 * half], x[..., 2 * half:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 class BigramHash(nn.Module):
-    """Embedding part: add an embedding of each pair of neighbouring tokens, hashed into a table."""
+    """Add an embedding of each pair of neighbouring tokens, hashed into a table."""
 
     silent = {"bigram.scale": 0.0}
 
@@ -1355,7 +1227,8 @@ class BigramHash(nn.Module):
         super().__init__()
         self.buckets = hp.bigram_vocab_size
         self.embed = Embedding(self.buckets, hp.bigram_dim, std=0.0)
-        self.proj = CastLinear(hp.bigram_dim, hp.model_dim, "matrix", (2 * hp.num_layers) ** -0.5, hp.ortho_init)
+        gain = (2 * hp.num_layers) ** -0.5
+        self.proj = CastLinear(hp.bigram_dim, hp.model_dim, "matrix", gain, hp.ortho_init)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -1366,7 +1239,7 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Embedding part: mix each token's embedding with the one before it, by a learnt share per channel."""
+    """Mix each token's embedding with the one before it, by a learnt share per channel."""
 
     silent = {"smear.gate": -30.0}
 
@@ -1383,7 +1256,7 @@ class SmearGate(nn.Module):
 
 
 class ValueEmbedding(nn.Module):
-    """A token embedding that some layers add to their V, each times a scale of its own."""
+    """A token embedding that some layers add to their V."""
 
     silent = {"ve_shared.scale": 0.0}
 
@@ -1395,7 +1268,6 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """tokens (B, T) -> (B, T, G d)."""
         return self.proj(self.embed(tokens).to(dtype)) * self.scale.to(dtype)
 
 
@@ -1410,7 +1282,7 @@ class Context:
 
 
 class ValueResidual:
-    """Value part: mix the first layer's V into every later one. Zhou et al. 2024, arXiv:2410.17897."""
+    """Mix the first layer's V into every later one. Zhou et al. 2024, arXiv:2410.17897."""
 
     silent = {"vr_lambda": (0.0, 1.0)}
 
@@ -1426,10 +1298,7 @@ class ValueResidual:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention (XSA): drop the part of each head's output that lies along its token's own value.
-
-    y (B, T, H, d), v (B, T, G, d); the H / G heads of a group share a value.
-    """
+    """Exclusive self attention: y (B, T, H, d) without its part along v (B, T, G, d) of the token."""
     grouped = y.unflatten(2, (v.size(2), -1))
     direction = F.normalize(v, dim=-1, eps=1e-12).to(v.dtype).unsqueeze(3)
     along = (grouped * direction).sum(-1, keepdim=True).to(y.dtype)
@@ -1437,7 +1306,7 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 class HeadGate(CastLinear):
-    """Output part: a sigmoid gate per head and token, from the attention's input (arXiv:2505.06708)."""
+    """A sigmoid gate per head and token, from the attention's input (arXiv:2505.06708)."""
 
     silent = {"attn_gate.weight": 0.0, "attn_gate.bias": 30.0}
 
@@ -1449,9 +1318,10 @@ class HeadGate(CastLinear):
         return y * torch.sigmoid(super().forward(x) + self.bias.to(x.dtype)).unsqueeze(-1)
 
 
-# The parts, in the order in which they act: technique, how it is made, who wants it. Parameters lie on the host
-# (the model, or the layer's attention) under their published names; a part without any is a plain function.
-EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp, its module named as here
+# The parts, in the order in which they act: technique, how it is made, who wants it. Parameters lie on the
+# host (the model, or the layer's attention) under their published names; a part without any is a plain
+# function.
+EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp, named as here
     "bigram": (BigramHash, lambda hp: hp.bigram_vocab_size),
     "norm": (lambda hp: lambda x, tokens: rms_norm(x), lambda hp: True),
     "smear": (SmearGate, lambda hp: hp.smear_gate),
@@ -1469,7 +1339,7 @@ OUTPUT_PARTS = {  # (y, v, x) -> y, with y (B, T, H, d), x (B, T, D) the attenti
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal attention with normalised queries and keys, partial RoPE, and the parts that the settings chose."""
+    """Causal attention, normalised queries and keys, partial RoPE, and the chosen parts."""
 
     def __init__(self, hp: Hyperparameters, layer: int):
         super().__init__()
@@ -1486,7 +1356,6 @@ class CausalSelfAttention(nn.Module):
         self.attend = sdpa_attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
         B, T, D = x.shape
         q = rms_norm(self.c_q(x).view(B, T, self.heads, self.width))
         k = rms_norm(self.c_k(x).view(B, T, self.kv_heads, self.width))
@@ -1511,13 +1380,12 @@ class MLP(nn.Module):
         self.slope = hp.mlp_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
         active = F.leaky_relu(self.fc(x), self.slope)
         return self.proj(active * active)  # square() would be float32 under CUDA's autocast
 
 
 class Block(nn.Module):
-    """Attention and MLP on a mix of the stream and the embedding, with learnt gains per channel."""
+    """Attention and MLP on a mix of stream and embedding, with gains per channel."""
 
     def __init__(self, hp: Hyperparameters, layer: int):
         super().__init__()
@@ -1529,7 +1397,6 @@ class Block(nn.Module):
         self.input_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * context.x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
@@ -1537,16 +1404,14 @@ class Block(nn.Module):
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of soft-capped logits, which are made and used up in chunks that stay in cache.
+    """Mean cross-entropy of soft-capped logits, made and used up in chunks that stay in cache.
 
-    The gradient is computed on the way forward, as in Liger kernels (arXiv:2410.10989): the logits are never
-    kept. With u = sigmoid(2 z / c), c tanh(z / c) is 2 c u less a constant that the softmax does not see, and
-    its slope is 4 u (1 - u); sigmoid is four times faster than tanh on a CPU.
+    The gradient is computed on the way forward (Liger kernels, arXiv:2410.10989). With u = sigmoid(2 z / c),
+    c tanh(z / c) is 2 c u less a constant, and its slope 4 u (1 - u): four times faster than tanh on a CPU.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) -> the mean in nats."""
         N, V = hidden.size(0), weight.size(0)
         chunk = max(tuning_of(hidden).logits // V, 1)
         cast, wanted = weight.to(hidden.dtype), any(ctx.needs_input_grad[:2])
@@ -1573,7 +1438,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Visit:
-    """One run of a layer: the skip that is added before it, and whether its output is kept for a later one."""
+    """One run of a layer, the skip added before it, and whether its output is kept for a later one."""
 
     layer: int
     skip_from: int | None = None  # position in the plan whose output is added, times a row of skip_weights
@@ -1582,18 +1447,16 @@ class Visit:
 
 
 def plan(hp: Hyperparameters) -> tuple[Visit, ...]:
-    """The layers in the order in which they run: the first half pushes, the second pops, the last pushed first."""
+    """The layers as they run: the first half pushes outputs, the second pops them, the last first."""
     encoder = hp.num_layers // 2
     pushing = [Visit(layer, pushes=True) for layer in range(encoder)]
-    popping = [Visit(encoder + row, encoder - 1 - row, row) for row in range(min(encoder, hp.num_layers - encoder))]
+    rows = range(min(encoder, hp.num_layers - encoder))
+    popping = [Visit(encoder + row, encoder - 1 - row, row) for row in rows]
     return *pushing, *popping, *(Visit(layer) for layer in range(2 * encoder, hp.num_layers))
 
 
 class GPT(nn.Module):
-    """The language model; computes in the dtype of its weights, or of the caller's autocast, for any T.
-
-    model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean cross-entropy in nats.
-    """
+    """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T."""
 
     silent = {"skip_weights": 0.0}
 
@@ -1601,7 +1464,8 @@ class GPT(nn.Module):
         super().__init__()
         self.hp, self.visits = hp, plan(hp)
         self.tok_emb = Embedding(hp.vocab_size, hp.model_dim, std=0.005)
-        self.embedding_parts = {name: part(hp) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
+        parts = {name: part for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
+        self.embedding_parts = {name: part(hp) for name, part in parts.items()}
         for name, part in self.embedding_parts.items():
             setattr(self, name, part)
         skips = sum(visit.skip_from is not None for visit in self.visits)
@@ -1611,38 +1475,39 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers * hp.ve_enabled)
 
     def roles(self) -> dict[str, str]:
-        """What each tensor of the state dict is to the optimiser and the quantiser, see ROLES."""
+        """What each tensor is to the optimiser and the quantiser, see ROLES."""
         owned = {f"{name}.weight": module.role for name, module in self.named_modules()
                  if isinstance(module, (CastLinear, Embedding))}
         return {name: owned.get(name, "control") for name, _ in self.named_parameters()}
 
     def max_codes(self, group: str) -> dict[str, int]:
-        """The largest code of every tensor of an optimiser's group, matrix or embed, that is quantised."""
+        """The largest code of every quantised tensor of a group, matrix or embed."""
         chosen = {name: ROLES[role][1] for name, role in self.roles().items() if ROLES[role][0] == group}
         return {name: max_code_of(getattr(self.hp, bits)) for name, bits in chosen.items() if bits}
 
     def use(self, attend: Callable) -> GPT:
-        """Give every layer an attention kernel."""
         for block in self.blocks:
             block.attn.attend = attend
         return self
 
     def values(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
-        """By layer, what is added to its V; the table is looked up once."""
+        """By layer, what is added to its V."""
         if self.ve_shared is None:
             return {}
         shared = self.ve_shared(tokens, dtype)
-        return {layer: shared * scale.to(dtype) for layer, scale in zip(self.hp.ve_layers, self.ve_layer_scales)}
+        scales = zip(self.hp.ve_layers, self.ve_layer_scales)
+        return {layer: shared * scale.to(dtype) for layer, scale in scales}
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The normed stream before the output layer; tokens (B, T) -> (B, T, D)."""
+        """The normed stream before the output layer; (B, T) -> (B, T, D)."""
         hp, device = self.hp, tokens.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.tok_emb.weight.dtype
         x = self.tok_emb(tokens).to(dtype)
         for part in self.embedding_parts.values():
             x = part(x, tokens)
-        rotary = rotary_tables(tokens.size(1), hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype)
+        rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference
+        rotary = rotary_tables(tokens.size(1), *rope, device, dtype)
         context, outputs = Context(x, rotary, self.values(tokens, dtype)), {}
         for position, visit in enumerate(self.visits):
             if visit.skip_from is not None:
@@ -1653,7 +1518,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Soft-capped logits by the tied embedding, at least float32; (..., D) -> (..., V)."""
+        """Soft-capped, at least float32; (..., D) -> (..., V)."""
         z = full_precision(F.linear(hidden, self.tok_emb.weight.to(hidden.dtype)))
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
@@ -1666,30 +1531,27 @@ class GPT(nn.Module):
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Of a training step: six for each weight that a token meets, and causal attention (arXiv:2204.02311, B)."""
+    """Of a training step: six per weight met, and causal attention (arXiv:2204.02311)."""
     met = model.tok_emb.weight.numel() + sum(
         module.weight.numel() for module in model.modules() if isinstance(module, CastLinear))
     return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(model.visits)
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """torch.compile with a graph per shape, in which RoPE's tables are constants.
-
-    Traced, their float64 powers and cosines would be worked out again in every kernel that reads them.
-    """
+    """torch.compile, a graph per shape, RoPE's tables as constants."""
     torch.compiler.assume_constant_result(rotary_tables)  # here, because it imports the compiler: a second
     return torch.compile(function, dynamic=False, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 7 Scoring
 #
-# One scorer for validation, sliding windows and test-time training. Windows say what is read and which positions
-# count, each exactly once. The loss of position p is that of token p + 1 given tokens 0..p.
+# One scorer for validation, sliding windows and test-time training. Windows say what is read and which
+# positions count, each exactly once. The loss of position p is that of token p + 1 given tokens 0..p.
 
 @dataclass(frozen=True)
 class Score:
-    """Summed loss in nats over scored positions, and the bytes that their targets stand for."""
+    """Summed nats over scored positions, and the bytes of their targets."""
 
     nats: float = 0.0
     positions: int = 0
@@ -1697,12 +1559,10 @@ class Score:
 
     @property
     def val_loss(self) -> float:
-        """Mean nats per token."""
         return self.nats / max(self.positions, 1)
 
     @property
     def val_bpb(self) -> float:
-        """Bits per byte."""
         return self.nats / math.log(2) / max(self.bytes, 1)
 
     def __add__(self, other: Score) -> Score:
@@ -1713,11 +1573,7 @@ class Score:
 
 
 def sliding_windows(positions: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows (start, end, first_scored), half-open, that score every position once, from left to right.
-
-    The first scores all it reads, every later one its last `stride` positions, the last one what is left, where
-    published scripts score the tail again and again.
-    """
+    """Windows (start, end, first_scored), half-open, that score every position once."""
     windows = [(0, min(seq_len, positions), 0)] if positions else []
     while windows and (first := windows[-1][1]) < positions:
         end = min(first + stride, positions)
@@ -1726,17 +1582,14 @@ def sliding_windows(positions: int, seq_len: int, stride: int) -> list[tuple[int
 
 
 def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
-    """Logits over T = clamp(1 - (1 - low)(1 - H / ln V), 0.9, 1.05), H the entropy of their softmax (#606)."""
+    """Logits over clamp(1 - (1 - low)(1 - H / ln V), 0.9, 1.05), H their entropy (#606)."""
     log_p = F.log_softmax(logits, dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
     return logits / (1 - (1 - low) * (1 - entropy / math.log(logits.size(-1)))).clamp(0.9, 1.05)
 
 
-def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0) -> Tensor:
-    """Nats of the last `scored` targets of each window; tokens, targets (B, T) -> (B, scored) float32.
-
-    Only those positions go through the output layer.
-    """
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0):
+    """Nats of each window's last `scored` targets; (B, T), (B, T) -> (B, scored) float32."""
     hidden, wanted = model.hidden(tokens)[:, -scored:], targets[:, -scored:]
     part, losses = max(tuning_of(hidden).scored // scored, 1), []
     for h, y in zip(hidden.split(part), wanted.split(part)):
@@ -1747,25 +1600,27 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, tempe
     return torch.cat(losses)
 
 
-def window_batches(windows: list[tuple[int, int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Neighbouring windows of one shape, at most batch_tokens long together."""
-    for (length, _), group in itertools.groupby(windows, lambda window: (window[1] - window[0], window[1] - window[2])):
+Window = tuple[int, int, int]  # start, end, first scored position
+
+
+def window_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Neighbouring windows of one shape, at most batch_tokens together."""
+    shape = lambda window: (window[1] - window[0], window[1] - window[2])
+    for (length, _), group in itertools.groupby(windows, shape):
         most, alike = max(batch_tokens // length, 1), list(group)
         yield from (alike[at: at + most] for at in range(0, len(alike), most))
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tuple[int, int, int]], world: World,
+def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Window], world: World,
              batch_tokens: int = 4096, temperature: float = 1.0, score_fn: Callable = token_losses,
              nll: Tensor | None = None, progress: ProgressLine | None = None) -> Score:
-    """Score windows exactly once, split over ranks.
+    """Score windows exactly once, split over ranks: the same Score on each, by float64 sums.
 
-    tokens        (positions + 1,) int32; byte_counts (positions,) int, bytes of each target; on the device
-    windows       from sliding_windows, or a part of them
-    batch_tokens  per forward pass and rank; the result does not depend on it, nor on the number of ranks
-    score_fn      token_losses or its compiled form, which gets whole batches only: a rare shape is no graph worth
-    nll           (positions,) float32 on the CPU: receives this rank's losses, for audits
-    Returns the same Score on every rank; sums are float64.
+    tokens, byte_counts   (positions + 1,) and (positions,) int on the device: text, and bytes of each target
+    batch_tokens          per forward pass and rank; the result does not depend on it
+    score_fn              token_losses or its compiled form, which gets whole batches only
+    nll                   (positions,) float32 on the CPU: receives this rank's losses, for audits
     """
     mine = world.shard(len(windows))
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -1776,7 +1631,8 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
         text = tokens[index].to(torch.int64)
         whole = len(batch) == max(batch_tokens // length, 1)
         with world.autocast():
-            losses = (score_fn if whole else token_losses)(model, text[:, :-1], text[:, 1:], scored, temperature)
+            scorer = score_fn if whole else token_losses
+            losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature)
         where = index[:, length - scored: length]                                    # (B, scored)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
@@ -1791,7 +1647,7 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[tupl
 
 def score_split(run: Run, model: GPT, validation: Validation, stride: int, name: str,
                 score_fn: Callable = token_losses) -> Score:
-    """Score the whole validation split with windows of EVAL_SEQ_LEN, a new one every `stride` positions."""
+    """Score the whole validation split, a window every `stride` positions."""
     hp, world, positions = run.hp, run.world, len(validation.byte_counts)
     windows = sliding_windows(positions, hp.eval_seq_len, stride)
     progress = ProgressLine(run.log, name, positions // world.size)
@@ -1799,56 +1655,45 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
                     scoring_batch_tokens(hp, world), score_fn=score_fn, progress=progress)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 8 Optimisers
 #
-# All parameters live in one vector and all gradients in another, sorted so that equal shapes lie side by side.
-# Averaging, clipping, reducing over ranks and restoring are then one operation each, and a stack of equal
-# matrices is a view. Schedules are pure functions of the progress.
+# All parameters live in one vector and all gradients in another, equal shapes side by side: averaging,
+# clipping, reducing and restoring are one operation each, and a stack of equal matrices is a view.
 
 def padded(count: int) -> int:
-    """The elements that a view takes in a vector, so that the next one is aligned to 64 bytes."""
+    """The elements a view takes in a vector, so that the next is aligned to 64 bytes."""
     return -(-count // 16) * 16
 
 
 class FlatParameters:
-    """A model's parameters and gradients as two fp32 vectors; each parameter becomes a view.
+    """A model's parameters and gradients as two fp32 vectors; each parameter becomes a view."""
 
-    The gradient vector ends in named slots that ride along with the reduction over ranks.
-    """
-
-    SLOTS = ("loss", "clock", "stop")
+    SLOTS = ("loss", "clock", "stop")  # they end the gradients, and ride along when ranks reduce them
 
     def __init__(self, model: nn.Module):
         by_shape = sorted(model.named_parameters(), key=lambda item: (tuple(item[1].shape), item[0]))
-        self.parameters, self.offsets, total = dict(by_shape), {}, 0
-        for name, p in self.parameters.items():
-            self.offsets[name], total = total, total + padded(p.numel())
-        device = next(iter(self.parameters.values())).device
+        self.parameters, sizes = dict(by_shape), [padded(p.numel()) for _, p in by_shape]
+        self.offsets = dict(zip(self.parameters, itertools.accumulate(sizes, initial=0)))
+        device, total = by_shape[0][1].device, sum(sizes)
         self.weights = torch.zeros(total, device=device)
         self.reduced = torch.zeros(total + len(self.SLOTS), device=device)
         self.grads, self.slots = self.reduced[:total], self.reduced[total:]
         self.slot = dict(zip(self.SLOTS, self.slots))
-        for name, p in self.parameters.items():
+        for name, p in by_shape:
             view = self.view(self.weights, name)
             view.copy_(p.data)
             p.data, p.grad = view, self.view(self.grads, name)
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """A parameter's part of a vector, in its shape."""
         p = self.parameters[name]
         return vector[self.offsets[name]: self.offsets[name] + p.numel()].view(p.shape)
 
-    def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """All parameters as they stand in a vector."""
-        return {name: self.view(vector, name).detach() for name in self.parameters}
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the weights, on the CPU."""
-        return {name: view.cpu().clone() for name, view in self.views(self.weights).items()}
+        return {name: self.view(self.weights, name).detach() for name in self.parameters}
 
     def stacks(self, keys: Mapping[str, object]) -> list[tuple[object, Tensor, Tensor]]:
-        """Key, weights and gradients (k, m, n) of neighbours of one shape and one key; without a key left out."""
+        """Key, weights, gradients (k, m, n) of neighbours of one shape and key; None is left out."""
         found = []
         alike = itertools.groupby(self.parameters.items(), lambda item: (keys.get(item[0]), item[1].shape))
         for (key, shape), group in alike:
@@ -1861,10 +1706,7 @@ class FlatParameters:
 
 
 def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Push the singular values of G towards 1, keeping its singular vectors: (m, n) or (k, m, n), same shape out.
-
-    Quintic iterations in `dtype`. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
-    """
+    """Push singular values of (m, n) or (k, m, n) to 1. Jordan 2024, kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1879,35 +1721,32 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-Schulz, for matrices: Nesterov momentum, decoupled weight decay.
 
-    params    2-D parameters; equal shapes are orthogonalised in one batched call
-    lr        scaled by sqrt(max(1, rows / columns))
+    lr        scaled by sqrt(max(1, rows / columns)); equal shapes are orthogonalised in one batched call
     row_norm  afterwards give every row length 1 (#601), which cancels the square root
     world     ranks own disjoint parts of every stack, and its momentum, and share the updates
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-                 row_norm: bool = False, world: World | None = None, orthogonalise: Callable = newton_schulz):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.0, row_norm: bool = False, world: World | None = None,
+                 orthogonalise: Callable = newton_schulz):
         super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.row_norm, self.orthogonalise, self.world = row_norm, orthogonalise, world
-        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("Muon is for matrices; give AdamW the other parameters")
-        self.stacks: list[tuple[dict, list[nn.Parameter], range]] = []  # group, matrices, this rank's own
-        self.buffers: list[Tensor] = []  # momentum (part, m, n) of the own ones, equally long on all ranks
         rank, size = (world.rank, world.size) if world else (0, 1)
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, stack in shapes.items():
-                part = -(-len(stack) // size)
-                self.stacks.append((group, stack, range(len(stack))[rank * part: (rank + 1) * part]))
-                self.buffers.append(torch.zeros(part, *shape, device=stack[0].device))
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in self.param_groups[0]["params"]:
+            shapes.setdefault(p.shape, []).append(p)
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError("Muon is for matrices; give AdamW the other parameters")
+        self.stacks: list[tuple[list[nn.Parameter], range, Tensor]] = []  # matrices, own ones, their momentum
+        for shape, stack in shapes.items():
+            part = -(-len(stack) // size)  # equally long on all ranks
+            own = range(len(stack))[rank * part: (rank + 1) * part]
+            self.stacks.append((stack, own, torch.zeros(part, *shape, device=stack[0].device)))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of all parameters that have a gradient in `.grad`."""
-        pending = []
-        for (group, stack, own), buffer in zip(self.stacks, self.buffers):
+        group, pending = self.param_groups[0], []
+        for stack, own, buffer in self.stacks:
             update = torch.zeros_like(buffer)
             for slot, i in enumerate(own):
                 if stack[i].grad is not None:
@@ -1916,74 +1755,66 @@ class Muon(torch.optim.Optimizer):
             update = self.orthogonalise(update.add_(buffer, alpha=group["momentum"]))
             if self.row_norm:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            pending.append((group, stack, *(self.world.gather(update) if self.world else (update, lambda: None))))
-        for group, stack, update, wait in pending:
+            pending.append((stack, *(self.world.gather(update) if self.world else (update, lambda: None))))
+        for stack, update, wait in pending:
             wait()
             rows, columns = stack[0].shape
             scale = 1.0 if self.row_norm else max(1.0, rows / columns) ** 0.5
-            moved = [(p, u) for p, u in zip(stack, update) if p.grad is not None]
-            if moved:
+            if moved := [(p, u) for p, u in zip(stack, update) if p.grad is not None]:
                 weights, updates = zip(*moved)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
     def state_dict(self) -> dict:
-        """Settings and the whole momentum, the same on any number of ranks; a collective."""
         whole = []
-        for (_, stack, own), buffer in zip(self.stacks, self.buffers):
+        for stack, own, buffer in self.stacks:
             full = buffer.new_zeros(len(stack), *buffer.shape[1:])
             full[own.start: own.stop] = buffer[: len(own)]
             whole.append((self.world.sum_(full) if self.world else full).cpu())
-        return super().state_dict() | {"momentum": whole}
+        return {"momentum": whole}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take this rank's part of what state_dict returned."""
-        for group, kept in zip(self.param_groups, state["param_groups"]):  # in place: the stacks hold these groups
-            group.update({key: value for key, value in kept.items() if key != "params"})
-        for (_, _, own), buffer, full in zip(self.stacks, self.buffers, state["momentum"]):
+        for (_, own, buffer), full in zip(self.stacks, state["momentum"]):
             buffer[: len(own)] = full[own.start: own.stop].to(buffer.device)
 
 
 class Optimisers:
-    """Muon for the matrices, AdamW for embeddings and for control tensors, under one schedule."""
+    """Muon for matrices, AdamW for embeddings and control tensors, one schedule."""
 
     def __init__(self, flat: FlatParameters, roles: Mapping[str, str], hp: Hyperparameters, world: World,
                  orthogonalise: Callable):
-        self.flat, self.names = flat, {"matrix": [], "embed": [], "control": []}
-        for name in flat.parameters:
-            self.names[ROLES[roles[name]][0]].append(name)
-        matrices, tables, control = ([flat.parameters[name] for name in names] for names in self.names.values())
-        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world, orthogonalise)
+        members: dict[str, list[nn.Parameter]] = {"matrix": [], "embed": [], "control": []}
+        for name, p in flat.parameters.items():
+            members[ROLES[roles[name]][0]].append(p)
+        matrices, tables, control = members.values()
+        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world,
+                         orthogonalise)
         self.adamw = torch.optim.AdamW(
             [dict(params=tables, lr=hp.tied_embed_lr), dict(params=control, lr=hp.scalar_lr)],
             betas=(0.9, hp.beta2), eps=1e-8, weight_decay=hp.adam_wd, fused=True)
-        self.base_lr = [group["lr"] for group in self.groups]
+        self.base_lr = {kind: group["lr"] for kind, group in zip(members, self.groups)}
 
     @property
     def groups(self) -> list[dict]:
-        """Muon's and AdamW's groups as they are; loading a state makes new ones."""
         return [*self.muon.param_groups, *self.adamw.param_groups]
 
     def step(self, scale: float, momentum: float) -> None:
-        """Update all weights with every learning rate times `scale`."""
-        for group, lr in zip(self.groups, self.base_lr):
+        for group, lr in zip(self.groups, self.base_lr.values()):
             group["lr"] = lr * scale
-        self.muon.param_groups[0]["momentum"] = momentum
+        self.groups[0]["momentum"] = momentum
         self.muon.step()
         self.adamw.step()
 
     def reset(self) -> None:
-        """Forget all moments, as before the first step."""
-        for buffer in self.muon.buffers:
+        for _, _, buffer in self.muon.stacks:
             buffer.zero_()
         self.adamw.state.clear()
 
     def describe(self) -> Iterator[str]:
-        """One log line per group, which together hold every parameter."""
-        for (kind, names), group, lr in zip(self.names.items(), self.groups, self.base_lr):
-            count = sum(self.flat.parameters[name].numel() for name in names)
-            yield (f"optimiser group:{kind} method:{'muon' if kind == 'matrix' else 'adamw'} tensors:{len(names)} "
-                   f"params:{count} lr:{lr} weight_decay:{group['weight_decay']}")
+        for (kind, lr), group in zip(self.base_lr.items(), self.groups):
+            yield (f"optimiser group:{kind} method:{'muon' if kind == 'matrix' else 'adamw'} "
+                   f"tensors:{len(group['params'])} params:{sum(p.numel() for p in group['params'])} lr:{lr} "
+                   f"weight_decay:{group['weight_decay']}")
 
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
@@ -1995,22 +1826,22 @@ class Optimisers:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` steps done, of `total` at the present pace (inf before the first)."""
+    """`step` steps are done of `total` at the present pace (inf before the first)."""
 
     step: int
     total: float
 
 
 def progress_at(hp: Hyperparameters, step: int, clock: Clock) -> Progress:
-    """The one place that decides what a run is measured by: its clock where it has one, else its steps."""
+    """What a run is measured by: its clock where it has one, else its steps."""
     by_clock = step * clock.limit / clock.at(step) if clock.at(step) else math.inf
     return Progress(step, by_clock if hp.max_wallclock_seconds else hp.iterations)
 
 
 def lr_scale(hp: Hyperparameters, progress: Progress) -> float:
-    """The learning rate as a share of its base: 1, and over the last warmdown_iters steps linearly to 0."""
-    left = progress.total - progress.step
-    return min(1.0, max(left, 0) / hp.warmdown_iters) if hp.warmdown_iters else 1.0
+    """The learning rate's share: 1, and over the last warmdown_iters steps to 0."""
+    left = max(progress.total - progress.step, 0)
+    return min(1.0, left / hp.warmdown_iters) if hp.warmdown_iters else 1.0
 
 
 def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
@@ -2021,25 +1852,25 @@ def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
 
 
 def qat_active(hp: Hyperparameters, scale: float) -> bool:
-    """Whether a step with this learning-rate scale is fake-quantised."""
+    """Whether a step of this learning rate is fake-quantised."""
     return scale < hp.late_qat_threshold
 
 
 def soft_round_alpha(hp: Hyperparameters, scale: float) -> float:
-    """Sharpness of the soft rounding: 1 at the threshold, soft_round_alpha at the end."""
+    """Sharpness: 1 at the threshold, soft_round_alpha at the end."""
     return 1 + (hp.soft_round_alpha - 1) * max(0.0, 1 - scale / hp.late_qat_threshold)
 
 
 def clip_gradients(grads: Tensor, limit: float) -> None:
-    """Scale the gradient vector down to the norm `limit`, without a host synchronisation."""
+    """Scale the gradients down to a norm, without a host synchronisation."""
     if limit:
         grads.mul_((limit / (grads.norm() + 1e-6)).clamp(max=1.0))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 9 Averaging
 #
-# The average of late weights is better than the last weights. Both averages are fp32 vectors.
+# The average of late weights is better than the last weights.
 
 class EMA:
     """Exponential moving average from the first step on, without bias correction."""
@@ -2048,7 +1879,6 @@ class EMA:
         self.average, self.decay = tensor.detach().float().clone(), decay
 
     def update(self, tensor: Tensor) -> None:
-        """average <- decay average + (1 - decay) tensor."""
         self.average.lerp_(tensor.detach().float(), 1 - self.decay)
 
     def state_dict(self) -> dict:
@@ -2059,13 +1889,12 @@ class EMA:
 
 
 class SWA:
-    """Stochastic weight averaging: the plain mean of the snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
+    """Stochastic weight averaging, the mean of snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
 
     def __init__(self, tensor: Tensor):
         self.average, self.count = torch.zeros_like(tensor, dtype=torch.float32), 0
 
     def update(self, tensor: Tensor) -> None:
-        """Add a snapshot."""
         self.count += 1
         self.average.lerp_(tensor.detach().float(), 1 / self.count)
 
@@ -2077,20 +1906,16 @@ class SWA:
         self.count = state["count"]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 10 Quantiser
 #
-# A step rule gives every row its step; a rounder turns weights into codes on those steps. GPTQ rounds column by
-# column and moves every column's error onto those not rounded yet, weighted by the Hessian of the layer's output
-# error, H = mean x xT. All of it touches training data, so it runs inside the training clock (#606 was closed
-# because it did not).
+# A step rule gives every row its step; a rounder turns weights into codes on those steps. All of it touches
+# training data, so it runs inside the training clock (#606 was closed because it did not).
 
 @torch.no_grad()
-def collect_hessians(model: GPT, sequences: np.ndarray, world: World, batch_tokens: int = 16384) -> dict[str, Tensor]:
-    """Mean x xT of every quantised matrix's inputs, (in, in) float32, over sequences (N, T) and ranks.
-
-    c_q, c_k and c_v of a layer read the same input and share one tensor.
-    """
+def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
+                     batch_tokens: int = 16384) -> dict[str, Tensor]:
+    """Mean x xT of quantised matrices' inputs, (in, in) float32, over sequences (N, T) and ranks."""
     hessians: dict[str, Tensor] = {}
     hooks = []
     for name, module in model.named_modules():
@@ -2118,10 +1943,10 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World, batch_toke
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; (k, n, n), the dtype of H.
+    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; (k, n, n).
 
-    With H = R RT for an upper triangular R (the Cholesky factor of H read backwards), U is the inverse of R: one
-    factorisation where the paper takes three. What fails is tried in float64, and with more damping.
+    With H = R RT for upper triangular R (Cholesky read backwards), U is R's inverse: one factorisation where
+    the paper takes three. What fails is tried in float64, and with more damping.
     """
     eye = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -2139,47 +1964,45 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
 
 
 def act_order(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns in descending order of the Hessian's diagonal (k, n), U in that order, and which never fire."""
+    """The columns by descending diagonal (k, n), U in that order, and which never fire."""
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     by_row, by_column = order.unsqueeze(-1).expand_as(hessian), order.unsqueeze(1).expand_as(hessian)
     ordered = hessian.gather(1, by_row).gather(2, by_column)
     return order, inverse_cholesky(ordered, damp), ordered.diagonal(dim1=-2, dim2=-1) <= 0
 
 
-def search_scales(weight: Tensor, importance: Tensor, max_code: int) -> Tensor:
-    """Per row, the clip with the least rounding error: weight (k, out, in), importance (k, in) -> (k, out).
-
-    GPTQ's error is the sum of e_j^2 / U_jj^2 over the columns, so a column counts 1 / U_jj^2: the variance of its
-    input, given those that come after it.
-    """
-    full = row_scales(weight, max_code)
-    best, best_error = full, torch.full_like(full, math.inf)
-    for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54):
-        scales = storable(full * share)
+def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: Iterable[Tensor]) -> Tensor:
+    """Each row's candidate (k, out) of least squared error; weight (k, out, in), importance (k, in)."""
+    best = best_error = torch.full_like(weight[..., 0], math.inf)
+    for scales in map(storable, candidates):
         codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
         error = torch.addcmul(weight, codes, scales.unsqueeze(-1), value=-1)
         weighted = (error.square_() @ importance.unsqueeze(-1)).squeeze(-1)
-        best, best_error = torch.where(weighted < best_error, scales, best), torch.minimum(weighted, best_error)
+        best = torch.where(weighted < best_error, scales, best)
+        best_error = torch.minimum(weighted, best_error)
     return best
 
 
-def clip_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor, damp: float = 0.01) -> Tensor:
-    """search_scales by the Hessian, times the rate multiplier; (k, out, in) -> (k, out)."""
-    order, U, _ = act_order(hessian, damp)
-    importance = torch.empty_like(U[:, 0]).scatter_(1, order, U.diagonal(dim1=-2, dim2=-1) ** -2)
-    return search_scales(weight, importance, max_code) * multiplier
+def search_scales(weight: Tensor, U: Tensor, max_code: int) -> Tensor:
+    """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in) in U's order."""
+    full = row_scales(weight, max_code)
+    shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
+    importance = U.diagonal(dim1=-2, dim2=-1) ** -2
+    return best_scales(weight, max_code, importance, (full * share for share in shares))
+
+
+def clip_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
+    """search_scales times the multiplier."""
+    order, U, _ = act_order(hessian, damp=0.01)
+    return search_scales(weight.gather(2, order.unsqueeze(1).expand_as(weight)), U, max_code) * multiplier
 
 
 def lite_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
-    """Per row, the best of five clip percentiles by plain squared error (the submissions' GPTQ-lite)."""
-    magnitude = weight.abs().sort(dim=-1).values
-    best, best_error = row_scales(weight, max_code), math.inf
-    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        clip = magnitude[..., round(share * (weight.size(-1) - 1))]
-        scales = storable((clip * (multiplier / max_code)).clamp_min(SCALE_FLOOR))
-        error = (weight - round_to_grid(weight, scales, max_code).dequantize()).square().sum(-1)
-        best, best_error = torch.where(error < best_error, scales, best), error.clamp(max=best_error)
-    return best
+    """GPTQ-lite: each row's best of five clip percentiles by squared error."""
+    magnitude, most = weight.abs().sort(dim=-1).values, weight.size(-1) - 1
+    clips = (magnitude[..., round(share * most)] for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0))
+    candidates = ((clip * (multiplier / max_code)).clamp_min(SCALE_FLOOR) for clip in clips)
+    return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
 
 
 LEAF = 32  # columns that are rounded one by one before their error goes on in one matrix product
@@ -2190,29 +2013,24 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
          scales: Tensor | None = None) -> QuantizedTensor:
     """Round a weight column by column, moving each column's error onto the columns not yet rounded.
 
-    weight   (out, in) float; hessian (in, in) float32, mean of x xT over the calibration tokens; both may have a
-             leading batch dimension, and neither is changed
-    scales   (out,): the step of each row; None: searched by Hessian-weighted error
-    Returns int8 codes (out, in) within +-max_code and one float scale per row.
-    Raises ValueError on mismatched shapes or non-finite input.
-    Frantar et al. 2023, algorithm 1, arXiv:2210.17323, in descending order of the diagonal; the lazy updates are
-    halved recursively instead of in blocks of 128, which keeps the column loop in cache.
+    weight (out, in), hessian (in, in) float, mean of x xT; both may have a batch dimension
+    scales (out,): the step of each row; None: searched by Hessian-weighted error
+    Raises ValueError on mismatched shapes or non-finite input. Frantar et al. 2023, algorithm 1,
+    arXiv:2210.17323, in descending order of the diagonal; lazy updates are halved recursively.
     """
     if weight.ndim == 2:
         one = gptq(weight[None], hessian[None], max_code, damp, None if scales is None else scales[None])
         return QuantizedTensor(one.codes[0], one.scales[0], max_code)
     (k, out, n), given = weight.shape, (weight, hessian, *[scales] * (scales is not None))
-    if [tuple(each.shape) for each in given] != [(k, out, n), (k, n, n), (k, out)][:len(given)]:
-        raise ValueError(f"weight {(k, out, n)} needs a hessian ({k}, {n}, {n}) and scales ({k}, {out}), "
-                         f"got {[tuple(each.shape) for each in given[1:]]}")
-    if not all(torch.isfinite(each).all() for each in given):
-        raise ValueError("weight, hessian and scales must be finite")
+    shapes, needed = [tuple(each.shape) for each in given], [(k, out, n), (k, n, n), (k, out)]
+    if shapes != needed[:len(given)] or not all(torch.isfinite(each).all() for each in given):
+        raise ValueError(f"weight, hessian, scales must be finite and of shapes {needed}, got {shapes}")
     weight, hessian = weight.float(), hessian.float()
     order, U, dead = act_order(hessian, damp)
     # Transposed, so that a column of the weight is contiguous. What never fires does not matter.
     W = weight.mT.gather(1, order.unsqueeze(-1).expand(k, n, out)).masked_fill_(dead.unsqueeze(-1), 0.0)
     if scales is None:
-        scales = search_scales(W.mT, U.diagonal(dim1=-2, dim2=-1) ** -2, max_code)
+        scales = search_scales(W.mT, U, max_code)
     scales = storable(scales)
     Q, E = torch.empty_like(W), torch.empty_like(W)
 
@@ -2234,31 +2052,31 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     return QuantizedTensor(codes.mT.to(torch.int8).contiguous(), scales, max_code)
 
 
-STEP_RULES: dict[str, Callable[[Tensor, int, float, Tensor], Tensor]] = {
-    "absmax": lambda weight, max_code, multiplier, hessian: row_scales(weight, max_code, multiplier),
+STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, hessians (k, in, in)) -> steps (k, out)
+    "absmax": lambda weight, max_code, multiplier, _: row_scales(weight, max_code, multiplier),
     "clip": clip_scales,
     "lite": lite_scales,
 }
-QUANTIZERS: dict[str, Callable[[Tensor, Tensor, int, Tensor], QuantizedTensor]] = {
+QUANTIZERS = {  # (weights, hessians, max_code, steps) -> codes
     "gptq": lambda weight, hessian, max_code, scales: gptq(weight, hessian, max_code, scales=scales),
     "rtn": lambda weight, hessian, max_code, scales: round_to_grid(weight, scales, max_code),
 }
 
 
 def weighted_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
-    """trace(E H ET) of each matrix of a stack: the mean squared error of the layer's output."""
+    """trace(E H ET) of each matrix: the mean squared error of the layer's output."""
     error = rounded - weight
     return ((error @ hessian) * error).sum((-2, -1))
 
 
 def prune_smallest(weight: Tensor, share: float) -> Tensor:
-    """Zero the given share of a tensor's entries, the smallest by magnitude."""
+    """Zero a share of a tensor's entries, the smallest by magnitude."""
     smallest = weight.abs().flatten().topk(int(share * weight.numel()), largest=False).indices
     return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
 
 
 def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
-    """All but the matrices, on the CPU: embedding tables pruned and rounded plainly, the rest fp16."""
+    """All but the matrices, on the CPU: tables pruned and rounded plainly, the rest fp16."""
     tables, matrices = model.max_codes("embed"), model.max_codes("matrix")
     done = {name: weight.cpu().half() for name, weight in weights.items() if name not in matrices}
     for name, max_code in tables.items():
@@ -2271,17 +2089,15 @@ def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
 @torch.no_grad()
 def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], world: World,
                    multiplier: float = 1.0) -> tuple[Tensors, dict]:
-    """Quantise a state dict by role: block matrices by STEP_RULE and QUANTIZER, tables plainly, the rest to fp16.
+    """Quantise a state dict by role: matrices by STEP_RULE and QUANTIZER; ranks split them.
 
-    model       says what each tensor is; its own weights are not read
-    multiplier  of all matrix steps, see row_scales
-    Ranks split the matrices of each shape. Returns the tensors, on the CPU, and per role and per matrix the
-    Hessian-weighted error of plain rounding and of the result, pruning included, with the rows on the floor.
+    model says what each tensor is, multiplier scales the matrix steps. Returns tensors on the CPU, and by
+    role and matrix the Hessian-weighted errors of plain rounding and of the result, with the rows on the floor.
     """
-    hp, roles = model.hp, model.roles()
-    matrices = model.max_codes("matrix")
-    done: dict[str, QuantizedTensor | Tensor] = quantize_rest(model, weights)
-    report = {roles[name]: dict(matrices=0, error_rounding=0.0, error=0.0, floored_rows=0) for name in matrices}
+    hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
+    done = quantize_rest(model, weights)
+    nothing = dict(matrices=0, error_rounding=0.0, error=0.0, floored_rows=0)
+    report = {roles[name]: dict(nothing) for name in matrices}
     report["matrices"] = {}
     kind = lambda name: (tuple(weights[name].shape), matrices[name])
     for (shape, max_code), group in itertools.groupby(sorted(matrices, key=kind), kind):
@@ -2296,9 +2112,10 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             H = torch.stack([hessians[names[i]] for i in own])
             plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
             steps = storable(STEP_RULES[hp.step_rule](W, max_code, multiplier, H))
-            q, mine = QUANTIZERS[hp.quantizer](W, H, max_code, steps), slice(own.start, own.stop)
-            codes[mine], scales[mine] = q.codes, q.scales
-            errors[mine] = torch.stack([weighted_error(latent, each.dequantize(), H) for each in (plain, q)], 1).double()
+            q = QUANTIZERS[hp.quantizer](W, H, max_code, steps)
+            codes[own], scales[own] = q.codes, q.scales
+            for column, each in enumerate((plain, q)):
+                errors[own, column] = weighted_error(latent, each.dequantize(), H).double()
         for part in (codes, scales, errors):
             world.sum_(part)
         for i, name in enumerate(names):
@@ -2311,29 +2128,26 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
     return done, report
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 11 Coder
 #
-# One file holds everything that rebuilds the model: a fixed prefix, a JSON header, zstd frames of codes and of raw
-# tensors, the SHA-256 of all of it. No pickle; nothing in the file is executed. Codes of one role and width share
-# a frame, as literals: matches in near-Gaussian codes cost more than they save. The step is set by rate: absmax
-# steps cost more than four bits a weight, where the limit leaves about 3.5, so all matrix steps grow by one factor
-# until the file fits.
+# One file: a prefix, a JSON header, zstd frames of codes and of raw tensors, the SHA-256 of all; nothing in
+# it is executed. Codes of one role share a frame, as literals: matches in near-Gaussian codes cost more
+# than they save. absmax steps cost over four bits a weight where the limit leaves about 3.5, so all steps
+# grow by one factor until the file fits.
 
 MAGIC, FORMAT_VERSION = b"PGOLFGPT", 1
 LEVEL = 22  # of zstd, for what is not codes
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 24, 1 << 31, 64
-RAW_DTYPES = {str(dtype)[6:]: dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool)}
+RAW_DTYPES = {name: getattr(torch, name) for name in (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
 
 def zstd_frame(data: bytes, literals: bool, level: int = LEVEL) -> bytes:
-    """One zstd frame with its content size; `literals` turns the search for matches off, as far as zstd can.
+    """One zstd frame with its content size; `literals` turns the search for matches off.
 
-    For Gaussian codes of standard deviation 2.85: 1.006 times the entropy in 0.02 s per 8 MB, where a plain
-    level 22 takes 1.08 times and seconds.
+    Gaussian codes take 1.006 times their entropy; a plain level 22 takes 1.08 times, and seconds per 8 MB.
     """
     fast = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0, hash_log=6, window_log=17)
     parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -2348,7 +2162,7 @@ def require(sound: bool, fault: str) -> None:
 
 
 def zstd_content(frame: bytes, size: int) -> bytes:
-    """The content of one zstd frame of exactly `size` bytes; ValueError on anything else."""
+    """The content of a frame of exactly `size` bytes; ValueError on anything else."""
     try:
         require(zstandard.frame_content_size(frame) == size, "a frame does not hold what the header says")
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
@@ -2364,14 +2178,12 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 def bytes_tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """The tensor that tensor_bytes was given."""
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(shape)
 
 
 def pack(config: dict, tensors: Tensors) -> bytes:
-    """Config (any JSON dict) and tensors as one self-contained file; scales are stored as fp16.
-
-    Raises ValueError for what the format cannot hold. The same input gives the same bytes.
-    """
+    """Config (a JSON dict) and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
     sections: dict[str, list[bytes]] = {}
     entries = []
     for name, tensor in sorted(tensors.items()):
@@ -2402,7 +2214,6 @@ def pack(config: dict, tensors: Tensors) -> bytes:
 
 
 def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
-    """Check every size that the header claims against the others, then take the memory."""
     names, needed = [entry[0] for entry in header["tensors"]], collections.Counter()
     require(all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
             and isinstance(header["config"], dict), "impossible names or config")
@@ -2436,10 +2247,7 @@ def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
 
 
 def unpack(blob: bytes) -> tuple[dict, Tensors]:
-    """The config and tensors that `pack` was given; executes nothing from the file.
-
-    Raises ValueError on any damage, on a trailing byte, and on a header that claims more than the file can hold.
-    """
+    """What `pack` was given; executes nothing. ValueError on damage or an impossible claim."""
     if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
         raise UserError("not an artifact of this script, or a truncated one")
     _, version, small, size = PREFIX.unpack_from(blob)
@@ -2456,7 +2264,7 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
 
 
 def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
-    """Packed and plain bytes of each section of a file that `pack` made."""
+    """Packed and plain bytes of each section of a file."""
     _, _, small, size = PREFIX.unpack_from(blob)
     header = json.loads(zstd_content(blob[PREFIX.size: PREFIX.size + small], size))
     return {"header": {"bytes": PREFIX.size + small + 32}} | {
@@ -2467,8 +2275,7 @@ MARGIN = 0.9985  # share of the room that a forecast may fill
 
 
 class Rate:
-    """Bytes of the packed model as a function of the rate multiplier: the coder's own length of plainly rounded
-    codes of a sample of each matrix, `sample` weights or a few more, and of all that the multiplier leaves alone."""
+    """Bytes of the packed model over the rate multiplier, by the coder's length of a sample of codes."""
 
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], sample: int = 1 << 16):
         roles, scales, samples = model.roles(), [], {}
@@ -2477,12 +2284,11 @@ class Rate:
             some = weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1)
             samples.setdefault((roles[name], max_code), []).append((weight.numel(), some.flatten()))
             scales.append(tensor_bytes(steps.half()))
-        self.fixed = len(pack({}, quantize_rest(model, weights))) + len(zstd_frame(b"".join(scales), literals=True))
+        self.fixed = len(pack({}, quantize_rest(model, weights))) + len(zstd_frame(b"".join(scales), True))
         self.samples = [(max_code, sum(count for count, _ in parts), torch.cat([units for _, units in parts]))
                         for (_, max_code), parts in samples.items()]
 
     def bytes(self, multiplier: float) -> float:
-        """Of the whole file."""
         total = self.fixed
         for max_code, count, units in self.samples:
             codes = torch.round(units / multiplier).clamp_(-max_code, max_code).to(torch.int8) + max_code
@@ -2490,13 +2296,13 @@ class Rate:
         return total
 
     def multiplier(self, limit: float) -> float:
-        """The smallest multiplier, at least 1, with which the model is forecast to fit into `limit` bytes."""
+        """The smallest multiplier, from 1, forecast to fit into `limit` bytes."""
         low, high = 1.0, 1.0
         while self.bytes(high) > limit:
             low, high = high, 2 * high
             if high > 1e4:  # every code is zero by now
-                raise UserError(f"no step brings the model under {limit:.0f}B: with all matrices zero it still takes "
-                                f"{self.bytes(high):.0f}B; use a smaller VOCAB_SIZE, BIGRAM_VOCAB_SIZE or MODEL_DIM")
+                raise UserError(f"no step brings the model under {limit:.0f}B: with zero matrices it takes "
+                                f"{self.bytes(high):.0f}B; lower VOCAB_SIZE, BIGRAM_VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
             middle = (low + high) / 2
             low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
@@ -2504,16 +2310,15 @@ class Rate:
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
-    """What the artifact says of itself: the settings that rebuild the model, and where it comes from."""
+    """What the artifact says of itself: the model's settings, and where it comes from."""
     return {"model": {name: getattr(hp, name) for name in hp.fields("model")}, "facts": facts}
 
 
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                  facts: dict, passes: int = 4) -> tuple[bytes, dict]:
-    """Quantise and pack so that code and model fill ARTIFACT_LIMIT and do not pass it: the file, and the report.
+    """The file that fills ARTIFACT_LIMIT with the code and does not pass it, and the quantiser's report.
 
-    The multiplier is found on plainly rounded codes; where GPTQ's cost more, or so much less that bytes would be
-    left over, the forecast is corrected by the file's own size. Raises UserError where nothing fits.
+    The multiplier is found on plainly rounded codes, and corrected where GPTQ's cost more or less.
     """
     room, rate, best, report = run.room, Rate(model, weights), b"", {}
     target = room * MARGIN
@@ -2529,16 +2334,13 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
             break
         target *= room * MARGIN / len(blob)
     if not best:
-        raise UserError(f"{passes} files were larger than the {room}B that ARTIFACT_LIMIT and the code leave; "
-                        f"model.pt is kept: STAGES=quantize with a smaller ATTN_BITS or MLP_BITS goes on from there")
+        raise UserError(f"{passes} files passed the {room}B that ARTIFACT_LIMIT and the code leave; model.pt "
+                        f"is kept: STAGES=quantize with fewer ATTN_BITS or MLP_BITS goes on from there")
     return best, report
 
 
 def artifact_settings(config: dict, hp: Hyperparameters) -> Hyperparameters:
-    """The run's settings with those of the artifact's model over them.
-
-    A setting that the artifact lacks is off: it was written before there was such a technique.
-    """
+    """The caller's settings under those of the artifact's model; what it lacks is off."""
     fields, given = hp.fields("model"), config["model"]
     if unknown := given.keys() - fields.keys():
         raise TypeError(f"it has settings that this script does not know: {', '.join(sorted(unknown))}")
@@ -2551,7 +2353,7 @@ def artifact_settings(config: dict, hp: Hyperparameters) -> Hyperparameters:
 
 
 def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, dict]:
-    """Rebuild the model from the file alone, and what the file says of its origin; other settings are the caller's."""
+    """The model, rebuilt from the file alone, and what the file says of its origin."""
     config, tensors = unpack(blob)
     try:
         hp = artifact_settings(config, hp)
@@ -2570,12 +2372,11 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     return model.to(world.device), config.get("facts", {})
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 12 Training
 #
-# The loop is below, in full. Its clock starts after the warm-up and stands still during validation. Nothing in a
-# step waits for the device: loss, clock and stop request travel at the end of the gradient vector, so all ranks
-# read the same numbers, a step late on CUDA, and take the same decisions.
+# Nothing in a step waits for the device: loss, clock and stop request travel at the end of the gradient
+# vector, so all ranks read the same numbers, a step late on CUDA, and take the same decisions.
 
 REMEDY = "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"  # of numbers that are not finite
 
@@ -2585,13 +2386,12 @@ class Interrupted(Exception):
 
 
 class Stepper:
-    """What one optimiser step needs: data, compiled model, flat parameters, optimisers, fake quantiser."""
+    """What a step needs: data, compiled model, flat parameters, optimisers, fake quantiser."""
 
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
-        self.model, self.score_fn = wrap(model), wrap(token_losses)
-        self.flat = FlatParameters(model)
+        self.model, self.score_fn, self.flat = wrap(model), wrap(token_losses), FlatParameters(model)
         world.broadcast_(self.flat.weights)  # the same seed gives other orthogonal matrices on another CPU
         orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype))
         self.optimisers = Optimisers(self.flat, model.roles(), hp, world, orthogonalise)
@@ -2600,23 +2400,13 @@ class Stepper:
         self.mine = world.shard(self.sequences)
         self.micro = micro_batch(hp, world, len(self.mine), compiling)
 
-    def describe(self) -> Iterator[str]:
-        """Log lines: the optimisers' groups, and how a step is divided."""
-        hp, micro_steps = self.hp, math.ceil(len(self.mine) / self.micro)
-        activations = self.micro * hp.train_seq_len * activation_bytes(hp, self.world, self.compiling)
-        yield from self.optimisers.describe()
-        yield (f"train compile:{int(self.compiling)} dtype:{str(self.world.dtype)[6:]} "
-               f"sequences_per_step:{self.sequences} micro_batch:{self.micro}x{hp.train_seq_len} "
-               f"micro_steps:{micro_steps} activations:{activations / 2**20:.0f}MiB (estimate)")
-
     def batch(self) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next step, (sequences, T) each."""
         rows = self.stream.step(self.hp.train_batch_tokens, self.hp.train_seq_len)
         rows = torch.from_numpy(rows[self.mine.start: self.mine.stop])
-        return self.world.to_device(rows[:, :-1].contiguous()), self.world.to_device(rows[:, 1:].contiguous())
+        return tuple(self.world.to_device(part.contiguous()) for part in (rows[:, :-1], rows[:, 1:]))
 
-    def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False) -> None:
-        """One update of all weights; the slots of the gradient vector end up summed over ranks."""
+    def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False):
+        """One update of all weights."""
         flat, (x, y) = self.flat, self.batch()
         if qat_on:
             self.qat.quantize(soft_round_alpha(self.hp, scale))
@@ -2637,7 +2427,7 @@ class Stepper:
         self.optimisers.step(scale, momentum)
 
     def warm_up(self) -> None:
-        """Compile everything and fill the allocators, QAT included, then restore what the steps changed."""
+        """Compile everything, QAT included, then restore what the steps changed."""
         initial = self.flat.weights.clone()
         for i in range(self.hp.warmup_steps):
             self.step(1.0, self.hp.muon_momentum, qat_on=i == 0 and self.hp.late_qat_threshold > 0)
@@ -2646,8 +2436,8 @@ class Stepper:
         self.stream.position = 0
 
     def state_dict(self) -> dict:
-        return dict(weights=self.flat.weights.cpu(), optimisers=self.optimisers.state_dict(),
-                    position=self.stream.position, qat=self.qat.state_dict())
+        return {"weights": self.flat.weights.cpu(), "optimisers": self.optimisers.state_dict(),
+                "position": self.stream.position, "qat": self.qat.state_dict()}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.flat.weights.copy_(state["weights"])
@@ -2656,71 +2446,55 @@ class Stepper:
         self.stream.position = state["position"]
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What is known of a finished step, the same on all ranks."""
-
-    step: int      # counted from 1
-    scale: float   # of the learning rate
-    loss: float    # nats, before the update
-    clock: float   # seconds when the host began the step,
-    finished: int  # and the steps that the device had done by then
-
-
 class Telemetry:
-    """Carries losses, clock and stop requests to the host, where that runs ahead a step late."""
+    """Carries losses, clock and stop requests to the host; all ranks read the same."""
 
-    def __init__(self, world: World):
-        self.world, self.pending, self.stopping = world, collections.deque(), False
+    def __init__(self, world: World, clock: Clock):
+        self.world, self.clock, self.stopping = world, clock, False
+        self.pending = collections.deque()
 
     def post(self, step: int, scale: float, slots: Tensor) -> None:
-        """Step `step`, counted from 0, is on its way; start to copy its slots."""
+        """Start to copy the slots of step `step`, counted from 0."""
         self.pending.append((step, step - len(self.pending), scale, *self.world.to_host(slots)))
 
-    def read(self, lag: int) -> Iterator[StepReport]:
-        """All but the newest `lag` steps."""
+    def read(self, lag: int) -> Iterator[tuple[int, float, float]]:
+        """Step from 1, learning-rate scale and loss of all but the newest `lag` steps."""
         while len(self.pending) > lag:
-            step, finished, scale, copy, wait = self.pending.popleft()
+            step, self.clock.agreed_step, scale, copy, wait = self.pending.popleft()
             wait()
-            loss, clock, stop = copy.tolist()
+            loss, self.clock.agreed, stop = copy.tolist()
             self.stopping |= stop > 0
-            yield StepReport(step + 1, scale, loss, clock, finished)
+            yield step + 1, scale, loss
 
 
 class StepLog:
-    """Turns reports into metrics, log lines and the status line."""
+    """Turns what is known of a step into a metric and a line."""
 
     def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float):
-        """bpb_per_nat of the training text; flops of a step, all ranks together."""
         self.hp, self.log, self.clock, self.bpb_per_nat = run.hp, run.log, clock, bpb_per_nat
         self.first_step, self.first_second = first_step, clock.elapsed
-        rate = run.world.matrix_rate()
-        self.ideal = flops / (rate * run.world.size)  # seconds of a step at the device's own matrix rate
-        run.log(f"machine matrix_rate:{rate / 1e12:.3f}TFLOP/s per rank, measured; step:{flops / 1e12:.3f}TFLOP")
+        rate = run.world.matrix_rate() * run.world.size
+        self.ideal = flops / rate  # seconds of a step at the devices' own matrix rate
+        run.log(f"machine matrix_rate:{rate / 1e12:.3f}TFLOP/s (measured) step:{flops / 1e12:.3f}TFLOP")
 
     def pace(self, step: int) -> float:
-        """Seconds per step so far."""
         return (self.clock.elapsed - self.first_second) / max(step - self.first_step, 1)
 
-    def __call__(self, report: StepReport) -> None:
-        hp, seconds, pace, step = self.hp, self.clock.elapsed, self.pace(report.step), report.step
-        self.log.metric("train", step=step, loss=report.loss, lr_scale=report.scale, seconds=round(seconds, 3))
-        left = min((hp.iterations - step) * pace, max(self.clock.limit - seconds, 0.0) if self.clock.limit else math.inf)
-        start, end = f"step:{step}/{hp.iterations}", f"tokens/s:{hp.train_batch_tokens / pace:.0f}"
-        bpb = report.loss * self.bpb_per_nat
-        if step % hp.train_log_every == 0 or step <= 5 or step == hp.iterations:
-            self.log(f"{start} train_loss:{report.loss:.4f} train_bpb:{bpb:.4f} lr_scale:{report.scale:.4f} "
-                     f"time:{seconds:.1f}s step_avg:{1000 * pace:.1f}ms {end} mfu:{100 * self.ideal / pace:.1f}% "
-                     f"left:{left:.0f}s")
-        else:  # fits a terminal of 80 columns
-            self.log.status(f"{start} loss:{report.loss:.4f} bpb:{bpb:.4f} {1000 * pace:.1f}ms {end} left:{left:.0f}s")
+    def __call__(self, step: int, scale: float, loss: float) -> None:
+        hp, seconds, pace = self.hp, self.clock.elapsed, self.pace(step)
+        self.log.metric("train", step=step, loss=loss, lr_scale=scale, seconds=round(seconds, 3))
+        left = min((hp.iterations - step) * pace, max((self.clock.limit or math.inf) - seconds, 0.0))
+        brief = step > 5 and step % hp.train_log_every and step < hp.iterations
+        (self.log.status if brief else self.log)(
+            f"step:{step}/{hp.iterations} train_loss:{loss:.4f} train_bpb:{loss * self.bpb_per_nat:.4f} "
+            f"left:{left:.0f}s tokens/s:{hp.train_batch_tokens / pace:.0f} step_avg:{1000 * pace:.1f}ms "
+            f"mfu:{100 * self.ideal / pace:.1f}% lr_scale:{scale:.4f} time:{seconds:.1f}s")
 
 
 class Checkpoint:
-    """checkpoint.pt of a run: the states of its parts, there whole or not at all."""
+    """checkpoint.pt: the states of a run's parts, there whole or not at all."""
 
     def __init__(self, run: Run, settings: Mapping[str, object], parts: Mapping[str, object]):
-        """settings: what a resumed run must share; parts: by name, whatever has a state_dict."""
         self.run, self.settings, self.parts = run, settings, parts
         self.step = 0  # that the file is of
 
@@ -2729,73 +2503,61 @@ class Checkpoint:
 
     @staticmethod
     def path(folder: Path) -> Path:
-        """The file, which a resumed run must have."""
         path = folder / "checkpoint.pt"
         if not path.exists():
             raise UserError(f"RESUME=1, but {path} is missing; start without RESUME, under another RUN_ID")
         return path
 
     def save(self, step: int) -> None:
-        """Write it after `step` steps, if all weights are finite: else the next loss ends the run; a collective."""
+        """Write it, unless weights are not finite: the next loss ends the run. A collective."""
         if torch.isfinite(self.parts["stepper"].flat.weights).all():
             state = {name: part.state_dict() for name, part in self.parts.items()}
             self.run.write("checkpoint.pt", saved(state | {"settings": self.settings, "step": step}))
             self.step = step
             self.run.world.barrier()  # no rank may end, and take the others with it, before the file is whole
-            self.run.log(f"checkpoint step:{step} file:{self.run.folder / 'checkpoint.pt'}")
+            self.run.log(f"checkpoint step:{step}")
 
     def load(self) -> int:
-        """Give every part its state back; returns the steps done. Raises UserError where settings differ."""
-        path, remedy = self.path(self.run.folder), "start another RUN_ID"
+        """Give every part its state back; returns the steps done."""
+        path = self.path(self.run.folder)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            kept, self.step = state["settings"], state["step"]
+            parts = {name: state[name] for name in self.parts}
         except Exception as error:  # torch raises several kinds on a damaged file
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
-        if not isinstance(state, dict) or not {"settings", "step", *self.parts} <= state.keys():
-            raise UserError(f"{path} is not a checkpoint of this script; {remedy}")
-        if differ := [key.upper() for key, value in self.settings.items() if state["settings"].get(key) != value]:
-            raise UserError(f"{path} was made with other settings: {', '.join(differ)}; resume with the same, or {remedy}")
+            kind = type(error).__name__
+            raise UserError(f"{path} is no checkpoint of this script ({kind}); use another RUN_ID") from None
+        if differ := [name.upper() for name, value in self.settings.items() if kept.get(name) != value]:
+            raise UserError(f"{path} was made with other settings: {', '.join(differ)}; resume with the same")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
+            part.load_state_dict(parts[name])
         return self.step
 
 
-def settings_that_matter(hp: Hyperparameters, world: World, stream: TokenStream) -> dict[str, object]:
-    """What a checkpoint must share with the run that resumes it: settings, arithmetic, how much text there is."""
-    kept = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
-    return kept | {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
-
-
 def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
-    """Seconds of the clock that calibration, quantisation and packing will take here, by doing a part of it.
-
-    Two solves are counted: a first file may miss the limit.
-    """
-    hp, world, start = run.hp, run.world, time.perf_counter
-    if not hp.max_wallclock_seconds or "quantize" not in hp.stages:
+    """Seconds for calibration and two solves (a file may miss the limit), by doing a part of it."""
+    hp, world, limit = run.hp, run.world, run.hp.max_wallclock_seconds
+    if not limit or "quantize" not in hp.stages:
         return 0.0
-    share = max(hp.gptq_calib_sequences // 8, world.size)
-    sample, weights = stream.sample(share, hp.train_seq_len, hp.seed), dict(model.state_dict())
-    with run.training.phase("rehearsal", counted=False):
-        collect_hessians(model, sample, world)  # the first pass fills caches
-        times = [start()]
-        hessians = collect_hessians(model, sample, world)
-        world.synchronize()
-        times.append(start())
+    share, weights = max(hp.gptq_calib_sequences // 8, world.size), model.state_dict()
+    sample = stream.sample(share, hp.train_seq_len, hp.seed)
+
+    def solve() -> None:
         Rate(model, weights).multiplier(run.room * MARGIN)
         pack({}, quantize_model(model, weights, hessians, world)[0])
-        times.append(start())
-    calibration, solving = np.diff(times).tolist()
+
+    with run.training.phase("rehearsal", counted=False):
+        hessians = collect_hessians(model, sample, world)  # fills caches
+        calibration = world.seconds(lambda: collect_hessians(model, sample, world))
+        solving = world.seconds(solve)
     reserve = world.max(calibration * hp.gptq_calib_sequences / share + 2 * solving) * 1.15 + 0.5
     run.log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
-    if reserve > hp.max_wallclock_seconds / 2:
-        raise UserError(f"quantisation takes {reserve:.0f}s here, more than half of MAX_WALLCLOCK_SECONDS="
-                        f"{hp.max_wallclock_seconds:.0f}; raise it or lower GPTQ_CALIB_SEQUENCES")
+    if reserve > limit / 2:
+        raise UserError(f"quantising takes {reserve:.0f}s here, over half of MAX_WALLCLOCK_SECONDS={limit:g}")
     return reserve
 
 
-def validate(run: Run, model: GPT, validation: Validation, step: int, clock: Clock, score_fn: Callable) -> None:
+def validate(run: Run, model: GPT, validation: Validation, step: int, clock: Clock, score_fn: Callable):
     """Score the model as it stands, with the clock stopped."""
     run.world.synchronize()
     clock.stop()
@@ -2807,27 +2569,26 @@ def validate(run: Run, model: GPT, validation: Validation, step: int, clock: Clo
 
 
 def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -> None:
-    """Settle the grid that the file will need, and say so."""
+    """Settle the grid that the file will need."""
     flat, qat, multiplier, size = stepper.flat, stepper.qat, 1.0, math.nan
     if torch.isfinite(flat.weights).all():  # else the next loss ends the run
-        rate = Rate(model, flat.views(flat.weights))
+        rate = Rate(model, flat.state_dict())
         multiplier = run.world.max(rate.multiplier(run.room * MARGIN))
         size = rate.bytes(multiplier)
     qat.begin(step, multiplier)
-    run.log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} "
-            f"kind:{'soft-round' if run.hp.soft_round_qat else 'straight-through'} "
+    run.log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} soft:{int(run.hp.soft_round_qat)} "
             f"matrices:{sum(map(len, qat.kept))} multiplier:{multiplier:.4f} "
             f"grid_distance:{qat.distance_before:.4f} forecast:{size:.0f}B")
 
 
 @torch.no_grad()
 def qat_proof(model: GPT, stepper: Stepper, raw: Tensor, rows: Tensor) -> dict:
-    """Evidence that QAT was on: distances of raw and exported weights to their grid, the loss of the exported ones
-    as they are and rounded, on rows (B, T + 1) of training text."""
+    """Distances of raw and exported weights to their grid, the exported ones' loss, and rounded."""
     flat, qat, exported = stepper.flat, stepper.qat, stepper.flat.weights.clone()
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    proof = {"first_step": qat.started_at + 1, "multiplier": qat.multiplier, "distance_before": qat.distance_before,
-             "distance_averaged": qat.distance(), "loss": model(x, y).item()}
+    proof = {"first_step": qat.started_at + 1, "multiplier": qat.multiplier,
+             "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
+             "loss": model(x, y).item()}
     qat.quantize(0.0, hard_quantize)
     proof["loss_rounded"] = model(x, y).item()
     flat.weights.copy_(raw)
@@ -2837,7 +2598,7 @@ def qat_proof(model: GPT, stepper: Stepper, raw: Tensor, rows: Tensor) -> dict:
 
 
 def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -> dict:
-    """Put the weights that AVERAGING names in the place of the last ones; returns the proofs of training."""
+    """Put the average in place of the last weights; returns the proofs of training."""
     hp, flat, chosen = run.hp, stepper.flat, run.hp.averaging
     raw = flat.weights.clone()
     if chosen == "swa" and not swa.count:
@@ -2845,7 +2606,8 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
         chosen = "none"
     flat.weights.copy_({"ema": ema.average, "swa": swa.average, "none": raw}[chosen])
     distance = ((flat.weights - raw).norm() / raw.norm()).item()
-    proofs = {"averaging": {"distance_from_raw": distance, "exported": chosen, "swa_snapshots": swa.count}, "qat": None}
+    proofs = {"averaging": {"distance_from_raw": distance, "exported": chosen, "swa_snapshots": swa.count},
+              "qat": None}
     if stepper.qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
         with run.world.autocast():
@@ -2857,33 +2619,32 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
 
 @dataclass
 class Trained:
-    """What training hands on: the exported weights, and what is known of them for result.json."""
+    """What training hands on: the exported weights, and findings for result.json."""
 
     weights: dict[str, Tensor]
     found: dict
 
 
 def follow(telemetry: Telemetry, step_log: StepLog, checkpoint: Checkpoint, lag: int) -> None:
-    """Read finished steps, log them, agree on the clock. Raises UserError on a loss that is not finite."""
-    for report in telemetry.read(lag):
-        step_log(report)
-        step_log.clock.agreed, step_log.clock.agreed_step = report.clock, report.finished
-        if not math.isfinite(report.loss):
-            raise UserError(f"the loss of step {report.step} is {report.loss}; {REMEDY}; {checkpoint}")
+    """Log finished steps. Raises UserError on a loss that is not finite."""
+    for step, scale, loss in telemetry.read(lag):
+        step_log(step, scale, loss)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of step {step} is {loss}; {REMEDY}; {checkpoint}")
 
 
 def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train `model` in place and export its average.
-
-    Raises UserError on a loss that is not finite, Interrupted after SIGTERM.
-    """
+    """Train `model`, export its average. Raises UserError on a loss that is not finite, or Interrupted."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
-    stepper = Stepper(hp, model, stream, world, wants_compile(hp, world, flops * hp.iterations, log))
+    stepper = Stepper(hp, model, stream, world, wants_compile(hp, world, log))
     flat, qat = stepper.flat, stepper.qat
-    for line in stepper.describe():
+    for line in stepper.optimisers.describe():
         log(line)
+    log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:"
+        f"{stepper.sequences} micro_batch:{stepper.micro}x{hp.train_seq_len} "
+        f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()
     if breaks := torch._dynamo.utils.counters["graph_break"] if stepper.compiling else {}:
@@ -2893,11 +2654,13 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     clock = Clock(max(hp.max_wallclock_seconds - reserve, 0.0))
     ema, swa, step = EMA(flat.weights, hp.ema_decay), SWA(flat.weights), 0
     parts = dict(stepper=stepper, ema=ema, swa=swa, clock=clock)
-    checkpoint = Checkpoint(run, settings_that_matter(hp, world, stream), parts)
+    matters = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
+    matters |= {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
+    checkpoint = Checkpoint(run, matters, parts)
     if hp.resume:
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
-    telemetry = Telemetry(world)
+    telemetry = Telemetry(world, clock)
     step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
     stop_requested = threading.Event()
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
@@ -2944,15 +2707,15 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         f"tokens:{facts['tokens_seen']} peak_memory:{facts['peak_memory'] / 2**20:.0f}MiB")
     with run.training.phase("average and proofs"):
         proofs = export_average(run, model, stepper, ema, swa)
-    return Trained(flat.state_dict(), facts | {"proofs": proofs})
+    weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
+    return Trained(weights, facts | {"proofs": proofs})
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 13 Test-time training
 #
-# Score first, train afterwards: a chunk's losses are banked under no-grad, then the model is trained on it, so
-# no token is scored by weights that have seen it. The last chunk is not trained. Accepted form: #461, #549,
-# #1413.
+# Score first, train afterwards: a chunk's losses are banked under no-grad, then the model is trained on it,
+# so no token is scored by weights that have seen it. The last chunk is not trained (#461, #549, #1413).
 
 # Parts of the names of the tensors that are not matrices, as #601 counts them (25,689 parameters there).
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "bigram.scale")
@@ -2961,35 +2724,30 @@ CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight"
 def ttt_parameters(model: GPT) -> dict[str, nn.Parameter]:
     """What TTT trains, by TTT_PARAMS."""
     hp = model.hp
-    last = tuple(f"blocks.{i}." for i in range(hp.num_layers - hp.ttt_freeze_blocks, hp.num_layers))
-    chosen = {
-        "blocks": lambda name: name.startswith(last) or "scale" in name,
-        "control": lambda name: any(part in name for part in CONTROL_NAMES),
-        "all": lambda name: True,
-    }[hp.ttt_params]
-    return {name: p for name, p in model.named_parameters() if chosen(name)}
+    last = [f"blocks.{i}." for i in range(hp.num_layers - hp.ttt_freeze_blocks, hp.num_layers)]
+    parts = {"blocks": [*last, "scale"], "control": CONTROL_NAMES, "all": [""]}[hp.ttt_params]
+    return {name: p for name, p in model.named_parameters() if any(part in name for part in parts)}
 
 
 def ttt_optimiser(parameters: Mapping[str, nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """AdamW or SGD, with #601's rates per layer where they are asked for."""
-    rates: dict[float, list[nn.Parameter]] = {}
+    """AdamW or SGD, with #601's rates per layer where asked for."""
     factors = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5} if hp.ttt_perlayer_lr else {}
-    for name, p in parameters.items():
-        rates.setdefault(factors.get(".".join(name.split(".")[-3:]), 1.0), []).append(p)
-    groups = [dict(params=params, lr=hp.ttt_lr * f, base_lr=hp.ttt_lr * f) for f, params in rates.items()]
+    rates = {name: hp.ttt_lr * factors.get(".".join(name.split(".")[-3:]), 1.0) for name in parameters}
+    groups = [dict(params=[p for name, p in parameters.items() if rates[name] == rate], lr=rate, base_lr=rate)
+              for rate in dict.fromkeys(rates.values())]
     if hp.ttt_optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=hp.ttt_momentum)
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
 def ttt_lr_scale(hp: Hyperparameters, chunk: int, chunks: int, step: int, steps: int) -> float:
-    """The TTT learning rate as a share of its base: a cosine over the run's chunks or over each chunk's steps."""
+    """The learning rate's share: a cosine over the run's chunks or a chunk's steps."""
     share = {"run": chunk / max(chunks - 1, 1), "chunk": step / steps, "constant": 0.0}[hp.ttt_schedule]
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
 class ChunkTrainer:
-    """Trains on chunks that are already scored; the global batch and the steps are the same on any number of ranks."""
+    """Trains on scored chunks; batch and steps are the same on any number of ranks."""
 
     def __init__(self, model: GPT, hp: Hyperparameters, world: World):
         self.model, self.hp, self.world = model, hp, world
@@ -2999,10 +2757,10 @@ class ChunkTrainer:
         self.optimiser = ttt_optimiser(self.parameters, hp)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.trained, self.steps = sum(p.numel() for p in self.parameters.values()), 0
-        self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606, eagerly
+        self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606
 
     def gradients(self, batch: Tensor) -> None:
-        """The mean loss's gradients of a batch (B, T + 1) over all ranks, clipped to norm 1, into .grad."""
+        """Of the mean loss of a batch (B, T + 1) over all ranks, clipped to norm 1."""
         mine, grads = self.world.shard(len(batch)), {p: torch.zeros_like(p) for p in self.parameters.values()}
         for p, grad in grads.items():
             p.grad = grad
@@ -3035,10 +2793,10 @@ class ChunkTrainer:
         if not torch.isfinite(checksum).all():
             raise UserError(f"test-time training diverged in chunk {chunk}; lower TTT_LR")
         if not world.same_everywhere(checksum):
-            raise UserError(f"the ranks' weights differ after TTT chunk {chunk}; the score would not be one model's")
+            raise UserError(f"the ranks' weights differ after TTT chunk {chunk}")
 
     def change(self) -> float:
-        """Distance of the trained weights from where they started, relative to those."""
+        """Distance of the trained weights from their start, relative to that."""
         moved = sum((p.detach() - self.start[name]).square().sum() for name, p in self.parameters.items())
         return math.sqrt(moved / sum(p.square().sum() for p in self.start.values()))
 
@@ -3048,8 +2806,8 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
                  trainer: ChunkTrainer | None = None) -> tuple[Score, dict]:
     """Score every position once with sliding windows, training on each chunk after it is scored.
 
-    tokens, byte_counts, score_fn, nll as for `evaluate`; seconds is what is left of the evaluation clock: training
-    stops early enough for scoring to finish inside it. Changes the model. Returns the Score and the proof.
+    seconds is what is left of the evaluation clock, for which training stops; the rest as for `evaluate`.
+    Changes the model. Returns the Score and the proof.
     """
     hp, positions = model.hp, len(tokens) - 1
     windows, size = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride), hp.ttt_chunk_tokens
@@ -3068,20 +2826,22 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
     untrained_from = None
     for chunk, part in enumerate(parts):
         began = time.perf_counter()
-        total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn, nll)
+        total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn,
+                          nll)
         scoring.append(time.perf_counter() - began)
         end = min((chunk + 1) * size, positions)
         if progress.due():
             progress(end, total.val_bpb, f" steps:{trainer.steps}")
-        log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=time.perf_counter() - start)
+        log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions,
+                   seconds=time.perf_counter() - start)
         if chunk + 1 == chunks:
             break
         per_chunk, one_more = (float(np.median(each[1:] or [0.0])) for each in (scoring, training))
         finish = world.max(time.perf_counter() - start + 1.05 * per_chunk * (chunks - chunk - 1) + one_more)
         if untrained_from is None and finish > seconds:
             untrained_from = chunk
-            log(f"ttt training stops after chunk {chunk} of {chunks}: with it scoring would end at {finish:.0f}s "
-                f"of {seconds:.0f}s")
+            log(f"ttt training stops after chunk {chunk} of {chunks}: scoring would end at {finish:.0f}s of "
+                f"{seconds:.0f}s")
         if untrained_from is None:
             began = time.perf_counter()
             trainer.train(tokens, chunk * size, end, chunk, chunks)
@@ -3089,22 +2849,27 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
             training.append(time.perf_counter() - began)
     if total.positions != positions:
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
-    proof = {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
-             "weight_change": trainer.change(), "score_seconds": sum(scoring), "train_seconds": sum(training),
-             "parameters": trainer.trained}
-    return total, proof
+    return total, {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
+                   "weight_change": trainer.change(), "parameters": trainer.trained,
+                   "score_seconds": sum(scoring), "train_seconds": sum(training)}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # 14 Main
 #
-# The pipeline: train, compress, forget, load, score. A stage hands the next one a plain value; the files that
-# it leaves in the run's folder let any part be run alone.
+# Train, compress, forget, load, score. A stage hands the next one a plain value, and leaves files for a
+# later run.
+
+def record_score(run: Run, name: str, found: Score) -> None:
+    """A score into log, metrics and result.json."""
+    run.log(f"final_{name} {found}")
+    run.log.metric("score", name=name, loss=found.val_loss, bpb=found.val_bpb)
+    run.record({"bpb": {name: found.val_bpb}, "val_loss": {name: found.val_loss}})
+
 
 def train_stage(run: Run, validation: Validation) -> Trained:
     """Train, keep the weights in model.pt, score them."""
-    hp, log = run.hp, run.log
-    stream = TokenStream(read_split(hp.data_path, "train"))
+    hp, log, stream = run.hp, run.log, TokenStream(read_split(run.hp.data_path, "train"))
     log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
     attention, attend = choose_attention(hp, run.world)
     log(f"attention:{attention}")
@@ -3113,27 +2878,14 @@ def train_stage(run: Run, validation: Validation) -> Trained:
     run.write("model.pt", saved(trained.weights))
     run.record(trained.found | {"attention": attention})
     with run.training.phase("float", counted=False):
-        score = score_split(run, model, validation, hp.eval_seq_len, "float")
-    log(f"final_float {score}")
-    run.record({"bpb": {"float": score.val_bpb}, "val_loss": {"float": score.val_loss}})
+        found = score_split(run, model, validation, hp.eval_seq_len, "float")
+    record_score(run, "float", found)
     return trained
-
-
-def load_weights(run: Run) -> dict[str, Tensor]:
-    """What an earlier training of this run left in model.pt."""
-    path = run.folder / "model.pt"
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in GPT(run.hp).named_parameters()}
-    if {name: weight.shape for name, weight in weights.items()} != expected:
-        raise UserError(f"{path} holds another model than the settings describe; use the settings it was "
-                        f"trained with")
-    return weights
 
 
 @dataclass
 class Packed:
-    """What compression hands on: the file, and what is known of it for result.json."""
+    """What compression hands on: the file, and findings for result.json."""
 
     blob: bytes
     found: dict
@@ -3144,22 +2896,25 @@ def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
     hp, world, log = run.hp, run.world, run.log
     with torch.device("meta"):
         model = GPT(hp)
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError:
+        raise UserError("model.pt holds another model than the settings describe") from None
     model = model.to(world.device).use(choose_attention(hp, world)[1])
     with run.training.phase("calibrate"):
         stream = TokenStream(read_split(hp.data_path, "train"))
         sequences = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
         hessians = collect_hessians(model, sequences, world)
-    held = sum(hessian.numel() * 4 for hessian in {id(h): h for h in hessians.values()}.values())
-    log(f"calibrated sequences:{len(sequences)}x{hp.train_seq_len} hessians:{held / 2**20:.0f}MiB "
+    log(f"calibrated sequences:{hp.gptq_calib_sequences}x{hp.train_seq_len} "
         f"peak_memory:{world.peak_memory() / 2**20:.0f}MiB")
     facts = {key: run.result.get(key) for key in ("preset", "seed", "steps", "script_sha256", "corpus")}
     with run.training.phase("quantise and pack"):
         blob, report = fit_artifact(run, model, weights, hessians, facts)
+    for role, found in report.items():
+        if role in ROLES:
+            ratio = found["error"] / max(found["error_rounding"], 1e-30)
+            log.proof(hp.quantizer, {"role": role, **found, "ratio": ratio})
     sections = byte_report(blob)
-    for role in sorted(set(report) & set(ROLES)):
-        ratio = report[role]["error"] / max(report[role]["error_rounding"], 1e-30)
-        log(f"proof technique:{hp.quantizer} role:{role} {key_values(report[role])} ratio:{ratio:.3f}")
     for name, section in sections.items():
         log(f"bytes section:{name} {key_values(section)}")
     return Packed(blob, {"proofs": {"quantizer": report}, "artifact": {
@@ -3170,7 +2925,7 @@ def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
 
 @dataclass
 class Scored:
-    """What scoring hands on: the scores by name, and the proofs of what they rest on."""
+    """What scoring hands on: the scores by name, and their proofs."""
 
     scores: dict[str, Score]
     proofs: dict
@@ -3178,29 +2933,22 @@ class Scored:
 
 def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     """Rebuild the model from the artifact alone and score it."""
-    hp, world, log, clock = run.hp, run.world, run.log, run.evaluation
+    hp, world, clock, scored = run.hp, run.world, run.evaluation, Scored({}, {})
     with clock.phase("load"):
         model, _ = load_artifact(blob, hp, world)
         model.use(choose_attention(model.hp, world)[1])
-    scorer = compiled(token_losses) if wants_compile(hp, world, 0.0, log) else token_losses
-    scored = Scored({}, {})
-
-    def record(name: str, found: Score) -> None:
-        log(f"final_{name} {found}")
-        log.metric("score", name=name, loss=found.val_loss, bpb=found.val_bpb)
-        scored.scores[name] = found
-
-    with clock.phase("roundtrip"):
-        record("roundtrip", score_split(run, model, validation, hp.eval_seq_len, "roundtrip", scorer))
-    if not hp.skip_sliding:
-        with clock.phase("sliding"):
-            record("sliding", score_split(run, model, validation, hp.eval_stride, "sliding", scorer))
+    scorer = compiled(token_losses) if wants_compile(hp, world, run.log) else token_losses
+    strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
+    for name, stride in strides.items():
+        with clock.phase(name):
+            scored.scores[name] = score_split(run, model, validation, stride, name, scorer)
+        record_score(run, name, scored.scores[name])
     if hp.ttt_enabled:
         with clock.phase("ttt"):
-            found, proof = evaluate_ttt(model, validation.tokens, validation.byte_counts, world, log, clock.left, scorer)
-        record("ttt", found)
-        log.proof("ttt", proof)
-        scored.proofs["ttt"] = proof
+            scored.scores["ttt"], scored.proofs["ttt"] = evaluate_ttt(
+                model, validation.tokens, validation.byte_counts, world, run.log, clock.left, scorer)
+        record_score(run, "ttt", scored.scores["ttt"])
+        run.log.proof("ttt", scored.proofs["ttt"])
     return scored
 
 
@@ -3218,7 +2966,7 @@ def open_run(hp: Hyperparameters, world: World) -> Path:
 
 
 def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
-    """Raise UserError, before anything is written, where a stage would not find what it reads."""
+    """UserError, before anything is written, where a stage would miss what it reads."""
     stages, artifact = hp.stages.split(","), Path(hp.artifact or folder / "artifact.bin")
     if stages != ["evaluate"]:
         check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
@@ -3233,20 +2981,18 @@ def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
 
 
 def begin_run(hp: Hyperparameters, world: World, validation: Validation, cautions: list[str]) -> Run:
-    """Open folder, log and ledgers; the log begins with all that is needed to repeat the run."""
-    source, stages = Path(__file__).read_bytes(), hp.stages.split(",")
-    folder = open_run(hp, world)
+    """Open folder, log and ledgers; the log begins with all that repeats the run."""
+    source, stages, folder = Path(__file__).read_bytes(), hp.stages.split(","), open_run(hp, world)
     check_inputs(hp, world, folder)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
     log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}")
-    for line in cautions:
+    for line in (*cautions, world.hardware()):
         log(line)
-    log(world.hardware())
-    log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} val_bytes:{validation.bytes}")
-    path = folder / "result.json"
-    known = json.loads(path.read_text()) if path.is_file() else \
-        {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
+    positions = len(validation.byte_counts)
+    log(f"corpus:{validation.corpus!r} val_positions:{positions} val_bytes:{validation.bytes}")
+    path, empty = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
+    known = json.loads(path.read_text()) if path.is_file() else empty
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
                 "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
     result = settings | known | (settings if "train" in stages else {}) | {
@@ -3265,14 +3011,14 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
 
 def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     """Every stage that STAGES names, in one folder."""
-    random.seed(hp.seed)
-    np.random.seed(hp.seed)
-    torch.manual_seed(hp.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(hp.seed)
     stages, validation = hp.stages.split(","), Validation.load(hp, world)
     run = begin_run(hp, world, validation, cautions)
     weights = train_stage(run, validation).weights if "train" in stages else None
     if "quantize" in stages:
-        packed = compress(run, weights or load_weights(run))
+        weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
+        packed = compress(run, weights)
         run.write("artifact.bin", packed.blob)
         run.record(packed.found)
         world.barrier()
@@ -3280,25 +3026,21 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     if "evaluate" in stages:
         blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
         scored = score(run, blob, validation)
-        run.record({"bpb": {name: each.val_bpb for name, each in scored.scores.items()},
-                    "val_loss": {name: each.val_loss for name, each in scored.scores.items()},
-                    "proofs": scored.proofs, "val_tokens": len(validation.byte_counts),
-                    "val_bytes": validation.bytes, "scored_artifact_sha256": hashlib.sha256(blob).hexdigest()})
+        run.record({"proofs": scored.proofs, "val_tokens": len(validation.byte_counts),
+                    "val_bytes": validation.bytes,
+                    "scored_artifact_sha256": hashlib.sha256(blob).hexdigest()})
     for budget in (run.training, run.evaluation):
         if budget.counted:
-            run.result["budget"][budget.name] = budget.report()
-            for line in budget.lines():
-                run.log(line)
+            run.result["budget"][budget.name] = budget.report(run.log)
     run.record({"bpb": dict.fromkeys(("float", "roundtrip", "sliding", "ttt")) | run.result["bpb"]})
-    if "artifact" in run.result:
-        sizes = run.result["artifact"]
-        run.log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B total:{sizes['total_bytes']}B "
-                f"limit:{sizes['limit']}B")
+    if sizes := run.result.get("artifact"):
+        run.log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B "
+                f"total:{sizes['total_bytes']}B limit:{sizes['limit']}B")
     run.log(f"files:{run.folder}")
 
 
 def main() -> int:
-    """The command line: --help, or a run with the settings of the environment; returns the exit status."""
+    """The command line: --help or a run; returns the exit status."""
     if len(sys.argv) > 1:
         known = sys.argv[1:] in (["--help"], ["-h"])
         print(f"{__doc__}\n{settings_table()}" if known else "settings are environment variables; try --help",
