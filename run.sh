@@ -5,10 +5,11 @@
 #   ./run.sh pr606               FineWeb, 11 layers; one process per CUDA device (NPROC=n to choose)
 #   ./run.sh pr601
 #   SEEDS=1337,42,7 ./run.sh     a run for each seed, one after the other, then their mean and deviation
-#   ./run.sh test                the test suite
+#   ./run.sh test                the test suite, and its ten slowest tests
+#   ./run.sh test quick          the tests that start no process, in less than a minute
 #
-# Settings are environment variables (python train_gpt.py --help). Of its own: NPROC, TORCH_INDEX_URL (where pip finds
-# torch, e.g. a CPU-only build), TRAIN_SHARDS (FineWeb shards to download, 80), PYTHON (the interpreter to start from).
+# Settings are environment variables (python train_gpt.py --help). Of its own: SEEDS, NPROC, TORCH_INDEX_URL (where pip
+# finds torch, e.g. a CPU-only build), TRAIN_SHARDS (FineWeb shards to download, 80), PYTHON (the interpreter to use).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -20,7 +21,9 @@ case $what in
   smoke|pr606|pr601|test) ;;
   *) fail "unknown argument '$what'; use smoke, pr606, pr601 or test" ;;
 esac
-[ $# -le 1 ] || fail "one argument at most; settings are environment variables"
+[ $# -le 1 ] || [ "$*" = "test quick" ] || fail "one argument, or 'test quick'; settings are environment variables"
+seeds=${SEEDS:-} nproc=${NPROC:-}
+unset SEEDS NPROC  # this script's own: train_gpt.py refuses them
 
 # 1. A Python that has what this run imports: the current one, else .venv.
 modules="numpy sentencepiece zstandard"
@@ -34,7 +37,7 @@ import importlib.util, sys
 from importlib.metadata import version
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 release = tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2])
-sys.exit(bool(missing) or release < (2, 11))
+sys.exit(bool(missing) or release < (2, 13))
 PY
 }
 base=${PYTHON:-python3}
@@ -59,8 +62,11 @@ fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 
 if [ "$what" = test ]; then
+  marks="not slow"
+  [ "${2:-}" != quick ] || marks="$marks and not whole"
   "$python" -m ruff check .
-  exec "$python" -m pytest -q tests
+  "$python" -m ruff format --check tests
+  exec "$python" -m pytest -q -m "$marks" --durations=10 tests
 fi
 
 # 2. Data, where the run uses the preset's own; a second call finds it there.
@@ -76,8 +82,9 @@ if [ -z "${DATA_PATH:-}" ]; then
   esac
 fi
 
-# 3. A run for each seed, each with its summary, its report and, where it is small, a few words from the packed model.
-nproc=${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+# 3. A run for each seed, each with its summary and its report; a small one also with what each technique is worth in it
+#    and a few words from the packed model.
+nproc=${nproc:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 given=${RUN_ID:-}
 folders=()
 
@@ -88,6 +95,10 @@ one_run() {
     "$python" train_gpt.py
   fi
   "$python" records/summary.py "$1"
+  if [ "$what" = smoke ] && [ -f "$1/artifact.bin" ]; then
+    echo
+    "$python" records/audit.py "$1/artifact.bin" --techniques || say "no such table, but the run in $1 is whole"
+  fi
   if "$python" -c 'import matplotlib' 2>/dev/null; then
     "$python" records/report.py "$1" || say "no report, but the run in $1 is whole"
   else
@@ -99,11 +110,11 @@ one_run() {
   fi
 }
 
-for seed in $(echo "${SEEDS:-${SEED:-1337}}" | tr ',' ' '); do
+for seed in $(echo "${seeds:-${SEED:-1337}}" | tr ',' ' '); do
   export SEED=$seed RUN_ID=$what-seed$seed-$(date +%Y%m%d-%H%M%S)
-  [ -z "$given" ] || RUN_ID=$given${SEEDS:+-seed$seed}
+  [ -z "$given" ] || RUN_ID=$given${seeds:+-seed$seed}
   one_run "logs/$RUN_ID"
   folders+=("logs/$RUN_ID")
 done
-[ "${#folders[@]}" -gt 0 ] || fail "SEEDS=$SEEDS names no seed; write SEEDS=1337,42,7"
-[ -z "${SEEDS:-}" ] || "$python" records/compare.py "${folders[@]}"
+[ "${#folders[@]}" -gt 0 ] || fail "SEEDS=$seeds names no seed; write SEEDS=1337,42,7"
+[ -z "$seeds" ] || "$python" records/compare.py "${folders[@]}"

@@ -1,8 +1,8 @@
 """train_gpt.py: tokenised text in, a scored language model of at most 16,000,000 bytes out.
 
 A GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and #601
-(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights, quantises them
-with GPTQ, packs them into one file, throws the model away, loads the file and scores it.
+(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights, quantises
+them with GPTQ, packs them into one file, throws the model away, loads the file and scores it.
 
     python train_gpt.py                                              one process: CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py            8xH100, PRESET=pr606 (the default)
@@ -455,7 +455,7 @@ class World:
         self.on_cuda = hp.device == "cuda" or hp.device == "auto" and devices > 0
         if self.on_cuda and local >= devices:
             raise UserError(f"{local + 1} processes want a CUDA device here, but PyTorch sees {devices}; "
-                            f"lower --nproc_per_node (NPROC), install a CUDA build of torch, or set DEVICE=cpu")
+                            f"lower --nproc_per_node (NPROC), install torch for CUDA, or set DEVICE=cpu")
         self.device = torch.device("cuda", local) if self.on_cuda else torch.device("cpu")
         self.tuning = TUNING[self.device.type]
         if self.on_cuda:
@@ -2092,7 +2092,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
     """Quantise a state dict by role: matrices by STEP_RULE and QUANTIZER; ranks split them.
 
     model says what each tensor is, multiplier scales the matrix steps. Returns tensors on the CPU, and by
-    role and matrix the Hessian-weighted errors of plain rounding and of the result, with the rows on the floor.
+    role and matrix the Hessian-weighted errors of plain rounding and of the result, with rows on the floor.
     """
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
     done = quantize_rest(model, weights)

@@ -2,6 +2,7 @@
 
     python records/audit.py logs/RUN/artifact.bin --data data/datasets/NAME --tokenizer TOKENIZER
     python records/audit.py logs/RUN/artifact.bin --positions 300000        a slice of validation first
+    python records/audit.py logs/RUN/artifact.bin --techniques              what each technique is worth in it
 
 The artifact is scored again by train_gpt.py's own `evaluate` or `evaluate_ttt`, with the settings of the
 result.json beside it, or those of the environment (PRESET, ...) where there is none. DEVICE, COMPILE and
@@ -14,10 +15,15 @@ pass is repeated unchanged, and four times its largest difference is what counts
 Prints a table with pass, fail or not checked, and the evidence; writes audit.json beside the artifact, where
 `passed` says that every check passed. Exits 1 where one failed, and on a mistake; a check that could not be
 made is neither a failure nor a pass.
+
+--techniques makes no check. It prints the loss on a batch of validation text as trained, and with each
+technique of the model switched off, and leaves techniques.json beside the artifact. It costs no budget: the
+artifact is finished, and nothing is chosen by these numbers.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,10 +33,9 @@ import random
 import secrets
 import sys
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,8 +50,9 @@ SCRIPT = ROOT / "train_gpt.py"
 CAP, CLOCK = 16_000_000, 600.0  # the challenge's, whatever limits the run set itself
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
 OF_THIS_MACHINE = ("DEVICE", "COMPILE", "ATTENTION")
-OF_THE_RUN_ALONE = ("run_id", "stages", "artifact", "resume", "tensorboard")
-ON_THE_CLOCK = {"training": ("train", "calibrate", "quantise and pack"), "evaluation": ("load",)}
+OF_THE_RUN_ALONE = ("run_id", "stages", "artifact", "resume")
+ON_THE_CLOCK = {"training": ("train", "average and proofs", "calibrate", "quantise and pack"),
+                "evaluation": ("load", "roundtrip")}
 OFF_THE_CLOCK = {"training": {"warm-up", "rehearsal", "validation", "float"}, "evaluation": set()}
 SUM_TOLERANCE = 1e-4  # of the probabilities of a vocabulary, each from a float32 loss
 MOST_NOISE = 0.2  # nats; where equal passes differ by more, comparing them says nothing
@@ -71,8 +77,8 @@ def verdict(name: str, faults: list[str], evidence: str) -> Check:
 # ----------------------------------------------------------------------------------------------------------
 # The scoring path
 #
-# Every pass starts from the artifact's bytes and runs the script's own scorer. Two things are put into it: the
-# Pass itself in the place of the tensor that receives losses, and a hook around the training on a chunk.
+# Every pass starts from the artifact's bytes and runs the script's own scorer. Two things are handed to it: a
+# Pass in the place of the tensor that receives losses, and a trainer that notes what it is told to do.
 
 class Pass:
     """One run of the scorer: receives losses as `nll` does, and remembers what was trained on, and when."""
@@ -84,7 +90,7 @@ class Pass:
         self.reached = 0  # every position before this one is scored, in order
         self.disorder = 0
         self.trained: list[tuple[int, int, int]] = []  # chunk, its end, positions scored then
-        self.score: tg.Score | None = None  # none where the pass was stopped, or the scorer refused its result
+        self.score: tg.Score | None = None  # none where the pass ended early or the scorer stopped
         self.refusal = ""
 
     def __setitem__(self, where: Tensor, losses: Tensor) -> None:
@@ -129,6 +135,28 @@ class Narrator:
         """Metrics are the run's."""
 
 
+class WatchedTrainer(tg.ChunkTrainer):
+    """The script's trainer; it notes what it is told to train on and when, and may be given noise instead."""
+
+    def __init__(self, path: ScoringPath, done: Pass, noise: Tensor, noise_from: float | None,
+                 stop_after: int | None):
+        """noise: tokens for noise_from, of which and of stop_after see ScoringPath.score."""
+        super().__init__(done.model, path.hp, path.world)
+        self.path, self.done, self.noise = path, done, noise
+        self.noise_from, self.stop_after = noise_from, stop_after
+
+    def train(self, tokens: Tensor, first: int, end: int, chunk: int, chunks: int) -> None:
+        path, done, seen = self.path, self.done, self.done.reached + 1
+        done.trained.append((chunk, end, done.reached))
+        if self.stop_after is not None and chunk > self.stop_after:
+            raise Enough
+        if self.noise_from is not None:
+            noisy = torch.cat((tokens[:seen], self.noise[seen:]))
+            tokens = noisy if chunk < self.noise_from else self.noise
+        if path.untrained_from is None or chunk < path.untrained_from:
+            super().train(tokens, first, end, chunk, path.chunks)
+
+
 class ScoringPath:
     """The run's own way from artifact and tokens to losses."""
 
@@ -137,11 +165,11 @@ class ScoringPath:
         """whole: positions of the split; untrained_from: the chunk from which the clock left no training."""
         self.blob, self.hp, self.world, self.untrained_from = blob, hp, world, untrained_from
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
-        compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
+        self.log, self.tolerance = Narrator(), 0.0
+        compiling = tg.wants_compile(hp, world, 0.0, self.log)
         self.score_fn = tg.compiled(tg.token_losses) if compiling else tg.token_losses
+        self.attend = tg.choose_attention(hp, world)[1]
         self.batch_tokens = tg.scoring_batch_tokens(hp, world)
-        self.log = Narrator()
-        self.tolerance = 0.0
 
     @property
     def name(self) -> str:
@@ -150,9 +178,7 @@ class ScoringPath:
 
     def load(self) -> tg.GPT:
         """The model, from the artifact alone."""
-        model, _, _ = tg.load_artifact(self.blob, self.hp, self.world)
-        tg.choose_attention(self.hp, model, self.world)
-        return model
+        return tg.load_artifact(self.blob, self.hp, self.world)[0].use(self.attend)
 
     def score(self, tokens: Tensor, byte_counts: Tensor, noise_from: float | None = None,
               stop_after: int | None = None) -> Pass:
@@ -161,22 +187,15 @@ class ScoringPath:
         noise_from  training sees random tokens beyond what is scored, and from this chunk on everywhere
         stop_after  scores after this chunk and the next are not needed
         """
-        done, genuine = Pass(self.load(), len(tokens) - 1), tg.ChunkTrainer.train
+        done = Pass(self.load(), len(tokens) - 1)
         noise = torch.randint_like(tokens, self.hp.vocab_size)
-
-        def train(trainer: tg.ChunkTrainer, text: Tensor, first: int, end: int, chunk: int, _: int) -> None:
-            seen = done.reached + 1
-            done.trained.append((chunk, end, done.reached))
-            if stop_after is not None and chunk > stop_after:
-                raise Enough
-            if noise_from is not None:
-                text = torch.cat((text[:seen], noise[seen:])) if chunk < noise_from else noise
-            if self.untrained_from is None or chunk < self.untrained_from:
-                genuine(trainer, text, first, end, chunk, self.chunks)
-
         try:
-            with mock.patch.object(tg.ChunkTrainer, "train", train):
-                done.score = self._run(done, tokens, byte_counts)
+            if self.hp.ttt_enabled:
+                trainer = WatchedTrainer(self, done, noise, noise_from, stop_after)
+                done.score, _ = tg.evaluate_ttt(done.model, tokens, byte_counts, self.world, self.log,
+                                                score_fn=self.score_fn, nll=done, trainer=trainer)
+            else:
+                done.score = self._windows(done, tokens, byte_counts)
         except Enough:
             pass
         except RuntimeError as error:
@@ -185,26 +204,28 @@ class ScoringPath:
             done.refusal = str(error)
         return done
 
-    def _run(self, done: Pass, tokens: Tensor, byte_counts: Tensor) -> tg.Score:
-        """The call that the run's last score came from."""
-        hp, world, positions = self.hp, self.world, len(tokens) - 1
-        if hp.ttt_enabled:
-            return tg.evaluate_ttt(done.model, tokens, byte_counts, hp, world, self.log, score_fn=self.score_fn,
-                                   nll=done)[0]
+    def _windows(self, done: Pass, tokens: Tensor, byte_counts: Tensor) -> tg.Score:
+        """The call that the last score of a run without test-time training came from."""
+        hp, positions = self.hp, len(tokens) - 1
         stride = hp.eval_seq_len if hp.skip_sliding else hp.eval_stride
         windows = tg.sliding_windows(positions, hp.eval_seq_len, stride)
-        return tg.evaluate(done.model, tokens, byte_counts, windows, world, self.batch_tokens,
-                           score_fn=self.score_fn, nll=done, progress=tg.Progress(self.log, self.name, positions))
+        progress = tg.ProgressLine(self.log, self.name, positions)
+        return tg.evaluate(done.model, tokens, byte_counts, windows, self.world, self.batch_tokens,
+                           score_fn=self.score_fn, nll=done, progress=progress)
 
-    def rows(self, model: tg.GPT, rows: Tensor, scored: int) -> Tensor:
-        """Losses of the last `scored` positions of each row by itself; rows (N, T + 1) -> (N, scored)."""
+    def rows(self, model: tg.GPT, rows: Tensor, scored: int, at_once: int = 0) -> Tensor:
+        """Losses of the last `scored` positions of each row by itself, so many rows at once (0: what fits).
+
+        rows (N, T + 1) -> (N, scored)
+        """
         N, length = rows.shape
         ends = [(i + 1) * length - 1 for i in range(N)]
         windows = [(end - length + 1, end, end - scored) for end in ends]
         nll = torch.zeros(rows.numel())
         no_bytes = torch.zeros(rows.numel(), dtype=torch.int32, device=rows.device)
         temperature = self.hp.ttt_temperature if self.hp.ttt_enabled else 1.0
-        tg.evaluate(model, rows.flatten(), no_bytes, windows, self.world, self.batch_tokens, temperature,
+        batch_tokens = at_once * (length - 1) or self.batch_tokens
+        tg.evaluate(model, rows.flatten(), no_bytes, windows, self.world, batch_tokens, temperature,
                     self.score_fn, nll)
         return nll.view(N, length)[:, length - 1 - scored: length - 1]
 
@@ -241,9 +262,10 @@ class Case:
         return [chunk for chunk, _, _ in self.base.trained if last is None or chunk < last]
 
     def too_short(self) -> str:
-        """Why nothing can be said of test-time training, where that is on and never came to train."""
+        """Why nothing can be said of test-time training, where the run has it and these positions do not."""
         path, hp = self.path, self.path.hp
-        if not hp.ttt_enabled or self.trained or path.chunks < 2 or path.untrained_from == 0:
+        whole_has_it = hp.ttt_enabled and path.chunks > 1 and path.untrained_from != 0
+        if not whole_has_it or self.positions > hp.ttt_chunk_tokens:
             return ""
         return (f"the first {self.positions:,} positions hold no training; use --positions "
                 f"{2 * hp.ttt_chunk_tokens} or more")
@@ -322,7 +344,7 @@ def check_normalised(case: Case) -> Check:
     """
     path, V = case.path, case.path.hp.vocab_size
     length = min(path.hp.eval_seq_len, case.positions, max(SWEEP_TOKENS // V, 16))
-    batch = max(path.batch_tokens // length, 1)
+    batch = min(max(path.batch_tokens // length, 1), V)
     copies, sums = -(-V // batch) * batch, []  # full batches only: another shape may round another way
     path.log.begin(f"normalisation: {case.passes} texts of {length} tokens, {V} targets in one place of each")
     for model in (path.load(), case.base.model):
@@ -331,7 +353,7 @@ def check_normalised(case: Case) -> Check:
             place = case.rng.randint(1, max(1, length - 1))  # text goes on behind it, for a model that peeks
             rows = case.tokens[start: start + length + 1].repeat(copies, 1)
             rows[:, place] = torch.arange(copies).to(rows) % V
-            losses = path.rows(model, rows, length - place + 1)[:V, 0].double()
+            losses = path.rows(model, rows, length - place + 1, batch)[:V, 0].double()
             sums.append(float((-losses).exp().sum()) if torch.isfinite(losses).all() else math.nan)
     wrong = [total for total in sums if not abs(total - 1) <= SUM_TOLERANCE]
     faults = [f"the probabilities sum to {total:.6f}, to other than 1 in {len(wrong)} of {len(sums)} places"
@@ -349,8 +371,8 @@ def check_score_before_update(case: Case) -> Check:
     if not case.trained:
         fresh, used = path.load().state_dict(), base.model.state_dict()
         moved = [key for key in fresh if not torch.equal(fresh[key], used[key])]
-        return verdict(name, [f"{moved[0]} has changed, though nothing was to be trained"] if moved else [],
-                       "nothing is trained: after the pass the weights are the artifact's")
+        faults = [f"{key} has changed without a training that could be watched" for key in moved[:1]]
+        return verdict(name, faults, "nothing is trained: after the pass the weights are the artifact's")
     faults = [f"training on chunk {chunk} goes up to position {end - 1} when {reached} positions are scored"
               for chunk, end, reached in base.trained if end > reached][:1]
     path.log.begin("score before update: training sees noise where no position is scored yet")
@@ -369,7 +391,7 @@ def check_score_before_update(case: Case) -> Check:
         effects += path.differing(base.losses[later], other.losses[later]) > 0
     if not faults and not effects:
         return Check(name, NOT_CHECKED, "noise in the place of the training text changes no later loss: the "
-                                        "training has no effect, or does not go through ChunkTrainer.train")
+                                        "training has no effect")
     return verdict(name, faults, f"each of {len(case.trained)} chunks was scored to its end before its "
                    f"training began, and training reads no target beyond; noise for training from chunk "
                    f"{', '.join(map(str, starts))} on leaves all losses up to that chunk's end {path.same}, "
@@ -562,35 +584,140 @@ def run_settings(result: Mapping, env: Mapping[str, str], places: Mapping[str, s
     return tg.Hyperparameters.from_env({**given, **places, **fixed})
 
 
+@dataclass
+class Finished:
+    """A finished run's artifact, what its result.json says, and all that scoring it needs."""
+
+    blob: bytes
+    result: dict
+    world: tg.World
+    validation: tg.Validation
+    path: ScoringPath
+
+    @staticmethod
+    def open(artifact: Path, places: Mapping[str, str], env: Mapping[str, str]) -> Finished:
+        """Read artifact, result and validation; places are those of the data where they are not the run's."""
+        if not artifact.is_file():
+            raise tg.UserError(f"{artifact} is missing; name the artifact.bin of a finished run")
+        blob, result = artifact.read_bytes(), read_result(artifact)
+        hp = run_settings(result, env, places)
+        world = tg.World(hp, {})
+        hp = tg.load_artifact(blob, hp, world)[0].hp
+        validation = tg.Validation.load(hp, world)
+        stopped = result.get("proofs", {}).get("ttt", {}).get("untrained_from_chunk")
+        path = ScoringPath(blob, hp, world, len(validation.byte_counts), stopped)
+        return Finished(blob, result, world, validation, path)
+
+
 def audit(artifact: Path, places: Mapping[str, str], positions: int | None = None, passes: int = 3,
           seed: int = 0, env: Mapping[str, str] = os.environ) -> list[Check]:
     """Every check of the artifact, on the first `positions` of validation (none: on all).
 
     places: DATA_PATH and TOKENIZER_PATH where they are not the run's own. Raises UserError on a mistake.
     """
-    if not artifact.is_file():
-        raise tg.UserError(f"{artifact} is missing; name the artifact.bin of a finished run")
-    blob, result = artifact.read_bytes(), read_result(artifact)
-    hp = run_settings(result, env, places)
-    world = tg.World(hp, {})
-    _, hp, _ = tg.load_artifact(blob, hp, world)
+    run = Finished.open(artifact, places, env)
+    path, result, hp, whole = run.path, run.result, run.path.hp, len(run.validation.byte_counts)
     torch.manual_seed(seed)
-    validation = tg.Validation.load(hp, world)
-    processor = tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
-    whole = len(validation.tokens) - 1
     count = min(positions or whole, whole)
-    stopped = result.get("proofs", {}).get("ttt", {}).get("untrained_from_chunk")
-    path = ScoringPath(blob, hp, world, whole, stopped)
-    tokens, byte_counts = validation.tokens[: count + 1], validation.byte_counts[:count]
+    tokens, byte_counts = run.validation.tokens[: count + 1], run.validation.byte_counts[:count]
     path.log.begin(f"the {path.name} score of {count:,} of {whole:,} positions")
     case = Case(path, tokens, byte_counts, path.score(tokens, byte_counts), random.Random(seed), passes)
     repeat_pass(case)
     return [check_causal(case), check_normalised(case), check_score_before_update(case),
-            check_positions(case, read_validation(hp.data_path), validation.tokens),
-            check_bytes(case, processor), check_score(case, result, whole), check_size(blob),
-            check_identity(blob, result), check_clock("training", result, path.name),
-            check_clock("evaluation", result, path.name)]
+            check_positions(case, read_validation(hp.data_path), run.validation.tokens),
+            check_bytes(case, tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)),
+            check_score(case, result, whole), check_size(run.blob), check_identity(run.blob, result),
+            check_clock("training", result, path.name), check_clock("evaluation", result, path.name)]
 
+
+# ----------------------------------------------------------------------------------------------------------
+# What each technique is worth
+#
+# Each technique is switched off in the trained model, and the scorer's loss on a batch tells what it did.
+# A part says which weights silence it; one without weights is taken out. All is put back.
+
+@dataclass
+class Switch:
+    """What switches a technique off: weights that get other values, places from which a part is taken out."""
+
+    weights: dict[str, float | tuple[float, ...]] = field(default_factory=dict)
+    places: list[dict] = field(default_factory=list)
+
+
+def switches(model: tg.GPT) -> dict[str, Switch]:
+    """A switch for each technique that acts in the model, but for what no setting turns off."""
+    fields = tg.Hyperparameters.fields("model").items()
+    off = dataclasses.replace(model.hp, **{
+        name: f.metadata["off"] for name, f in fields if f.metadata["off"] is not None})
+    shared = {"skips": model} if len(model.skip_weights) else {}
+    shared |= {"value_embedding": model.ve_shared} if model.hp.ve_enabled else {}
+    found = {name: Switch(dict(part.silent)) for name, part in shared.items()}
+    places = [("", model.embedding_parts, tg.EMBEDDING_PARTS, (off,))]
+    for layer, block in enumerate(model.blocks):
+        attn, host = block.attn, f"blocks.{layer}.attn."
+        places += [(host, attn.value_parts, tg.VALUE_PARTS, (off, layer)),
+                   (host, attn.output_parts, tg.OUTPUT_PARTS, (off, layer))]
+    for host, parts, table, without in places:
+        for name, part in parts.items():
+            if name not in shared and not table[name][1](*without):
+                switch = found.setdefault(name, Switch())
+                if silent := getattr(part, "silent", None):
+                    switch.weights |= {host + key: value for key, value in silent.items()}
+                else:
+                    switch.places.append(parts)
+    return found
+
+
+@contextlib.contextmanager
+def switched_off(model: tg.GPT, name: str, switch: Switch) -> Iterator[None]:
+    """The model without a technique, inside the body."""
+    weights = {key: model.get_parameter(key) for key in switch.weights}
+    kept = {key: p.detach().clone() for key, p in weights.items()}
+    whole = [dict(place) for place in switch.places]
+    try:
+        with torch.no_grad():
+            for key, p in weights.items():
+                p.copy_(torch.as_tensor(switch.weights[key]).expand_as(p))
+        for place in switch.places:
+            del place[name]
+        yield
+    finally:
+        with torch.no_grad():
+            for key, p in weights.items():
+                p.copy_(kept[key])
+        for place, parts in zip(switch.places, whole):
+            place.clear()
+            place.update(parts)  # in the order in which they act
+
+
+def techniques(model: tg.GPT, validation: tg.Validation, world: tg.World,
+               sequences: int = 8) -> dict[str, dict[str, float]]:
+    """For each technique the loss on some sequences of validation text, and the loss without it, in nats."""
+    tokens, counts, length = validation.tokens, validation.byte_counts, model.hp.eval_seq_len
+    starts = sorted({(len(counts) - length) * i // (sequences - 1) for i in range(sequences)})
+    windows = [(start, start + length, start) for start in starts]
+    batch_tokens = tg.scoring_batch_tokens(model.hp, world)
+    loss = lambda: tg.evaluate(model, tokens, counts, windows, world, batch_tokens).val_loss
+    whole, found = loss(), {}
+    for name, switch in switches(model).items():
+        with switched_off(model, name, switch):
+            found[name] = {"loss": whole, "loss_without": loss()}
+    return found
+
+
+def techniques_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """One line for each technique, the largest effect first."""
+    lines = [f"{'technique':<18}{'loss':>9}{'without':>10}{'effect':>10}"]
+    effect = {name: each["loss_without"] - each["loss"] for name, each in found.items()}
+    for name in sorted(found, key=lambda name: -effect[name]):
+        loss, without = found[name].values()
+        said = f"{effect[name]:>+10.5f}" if effect[name] else f"{'none':>10}  it does nothing in this model"
+        lines.append(f"{name.replace('_', ' '):<18}{loss:>9.4f}{without:>10.4f}{said}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
 
 def table(checks: list[Check], width: int = 110) -> str:
     """Names, statuses and evidence in columns."""
@@ -623,23 +750,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--positions", type=int, metavar="N", help="the first N positions (default: all)")
     parser.add_argument("--passes", type=int, default=3, help="perturbed passes per condition (default: 3)")
     parser.add_argument("--seed", type=int, help="of the random places (default: another one each time)")
+    about = "no checks: the loss with each technique switched off; costs no budget, nothing is chosen by it"
+    parser.add_argument("--techniques", action="store_true", help=about)
     given = parser.parse_args(arguments)
-    seed = secrets.randbits(32) if given.seed is None else given.seed
+    named = {"DATA_PATH": given.data, "TOKENIZER_PATH": given.tokenizer}
+    places = {key: value for key, value in named.items() if value}
     try:
+        if given.techniques:
+            return print_techniques(given.artifact, places)
         if given.passes < 1 or given.positions is not None and given.positions < 1:
             raise tg.UserError("--positions and --passes must be at least 1")
-        named = {"DATA_PATH": given.data, "TOKENIZER_PATH": given.tokenizer}
-        places = {key: value for key, value in named.items() if value}
-        checks = audit(given.artifact, places, given.positions, given.passes, seed)
-        print(f"{given.artifact} (seed {seed})\n\n{table(checks)}\n\n{summary(checks)}")
-        report = {"passed": all(check.status == PASS for check in checks),
-                  "artifact_sha256": hashlib.sha256(given.artifact.read_bytes()).hexdigest(), "seed": seed,
-                  "positions": given.positions, "checks": [dataclasses.asdict(check) for check in checks]}
-        tg.write_atomically(given.artifact.parent / "audit.json", json.dumps(report, indent=1).encode())
-        return int(any(check.status == FAIL for check in checks))
+        return print_audit(given, places)
     except (tg.UserError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
+
+
+def print_techniques(artifact: Path, places: Mapping[str, str]) -> int:
+    """Print the table of techniques and leave it as techniques.json."""
+    run = Finished.open(artifact, places, os.environ)
+    found = techniques(run.path.load(), run.validation, run.world)
+    print(f"{artifact}: nats per token on a batch of validation text, with each technique and without\n")
+    print(techniques_table(found))
+    report = {"artifact_sha256": hashlib.sha256(run.blob).hexdigest(), "techniques": found}
+    tg.write_atomically(artifact.parent / "techniques.json", json.dumps(report, indent=1).encode())
+    return 0
+
+
+def print_audit(given: argparse.Namespace, places: Mapping[str, str]) -> int:
+    """Make the checks, print them, leave them as audit.json; returns whether one failed."""
+    seed = secrets.randbits(32) if given.seed is None else given.seed
+    checks = audit(given.artifact, places, given.positions, given.passes, seed)
+    print(f"{given.artifact} (seed {seed})\n\n{table(checks)}\n\n{summary(checks)}")
+    report = {"passed": all(check.status == PASS for check in checks),
+              "artifact_sha256": hashlib.sha256(given.artifact.read_bytes()).hexdigest(), "seed": seed,
+              "positions": given.positions, "checks": [dataclasses.asdict(check) for check in checks]}
+    tg.write_atomically(given.artifact.parent / "audit.json", json.dumps(report, indent=1).encode())
+    return int(any(check.status == FAIL for check in checks))
 
 
 if __name__ == "__main__":

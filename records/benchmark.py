@@ -1,11 +1,11 @@
 """How fast each stage of train_gpt.py is, measured on the script's own functions.
 
-    python tests/benchmark.py train --versus                 the training step against a plain eager model
-    python tests/benchmark.py train --compile --dtype bf16   the same step under torch.compile
-    python tests/benchmark.py gptq --versus                  all matrices of pr606: calibration, clips, solve
-    python tests/benchmark.py eval --preset pr601 --set EVAL_STRIDE=128      any setting of the script
-    python tests/benchmark.py all --versus --json out.json   every stage, one table
-    torchrun --standalone --nproc_per_node=2 tests/benchmark.py muon         sharded over ranks
+    python records/benchmark.py train --versus                the training step against a plain eager model
+    python records/benchmark.py train --compile --dtype bf16  the same step under torch.compile
+    python records/benchmark.py gptq --versus                 all matrices of pr606: calibration, clips, solve
+    python records/benchmark.py eval --preset pr601 --set EVAL_STRIDE=128    any setting of the script
+    python records/benchmark.py all --versus --json out.json  every stage, one table
+    torchrun --standalone --nproc_per_node=2 records/benchmark.py muon         sharded over ranks
 
 Every call is made once apart (warm-up, compilation), then in rounds that alternate between what is compared.
 The table shows medians, the fastest and slowest round, matrix work as a share of what one large product of
@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,8 @@ ON_CPU = {
     "qat": {"TRAIN_SEQ_LEN": "1024", "TRAIN_BATCH_TOKENS": "4096"},
     "ttt": {"TTT_CHUNK_TOKENS": "4096", "TTT_BATCH_SEQS": "2", "EVAL_STRIDE": "512"},
 }
+# What a subcommand measures whatever the preset says: the costliest step rule, one stride.
+OF_ITS_OWN = {"gptq": {"STEP_RULE": "clip", "STAGES": "quantize"}, "eval": {"EVAL_STRIDE": "64"}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ class Bench:
         """What the JSON file holds."""
         return {"subcommand": self.name, "preset": self.hp.preset, "changed": self.hp.changed(),
                 "dtype": str(self.world.dtype)[6:], "compiled": self.compiling,
-                "hardware": tg.hardware(self.world), "matrix_tflops": self.rates, "rows": self.rows,
+                "hardware": self.world.hardware(), "matrix_tflops": self.rates, "rows": self.rows,
                 "notes": self.notes}
 
 
@@ -162,15 +165,15 @@ def stage_clock(device: torch.device, names: Iterable[str]) -> Iterator[dict[str
             setattr(tg, name, function)
 
 
-def is_matrix(name: str) -> bool:
-    """Whether Muon takes it."""
-    return tg.role_of(name) in ("attn", "mlp", "matrix")
+def names_of(model: tg.GPT, group: str) -> list[str]:
+    """The parameters of one of the optimisers' groups: matrix, embed or control."""
+    return [name for name, role in model.roles().items() if tg.ROLES[role][0] == group]
 
 
 def forward_flops(model: tg.GPT, T: int, output: float = 1.0) -> float:
     """Operations per token of a forward pass; `output` is the share of tokens that reach the output layer."""
     hp = model.hp
-    matrices = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name))
+    matrices = sum(model.get_parameter(name).numel() for name in names_of(model, "matrix"))
     attention = 2 * hp.num_layers * hp.model_dim * T  # two products over T / 2 positions on average
     return 2 * (matrices + output * hp.vocab_size * hp.model_dim) + attention
 
@@ -181,8 +184,8 @@ def random_model(bench: Bench) -> tuple[tg.GPT, str]:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
-    model.to(bench.world.device)
-    return model, tg.choose_attention(bench.hp, model, bench.world)
+    kernel, attend = tg.choose_attention(bench.hp, bench.world)
+    return model.to(bench.world.device).use(attend), kernel
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,18 +294,20 @@ class PlainGPT:
 def plain_muon(params: list[nn.Parameter], hp: tg.Hyperparameters) -> torch.optim.Optimizer:
     """PyTorch's own Muon, which takes one matrix after the other."""
     return torch.optim.Muon(params, lr=hp.matrix_lr, momentum=hp.muon_momentum, weight_decay=hp.muon_wd,
-                            ns_steps=hp.muon_backend_steps, adjust_lr_fn="original")
+                            adjust_lr_fn="original")
 
 
 class PlainTrainer:
     """A plain training step: micro-steps, clipping, torch's Muon, torch's AdamW."""
 
-    def __init__(self, hp: tg.Hyperparameters, world: tg.World, state: dict[str, Tensor]):
-        self.hp, self.world, self.model = hp, world, PlainGPT(hp, state, world.dtype)
-        of = lambda *roles: [p for name, p in self.model.w.items() if tg.role_of(name) in roles]
+    def __init__(self, model: tg.GPT, world: tg.World):
+        """Starts from the weights of a model, and leaves that alone."""
+        hp = self.hp = model.hp
+        self.world, self.model = world, PlainGPT(hp, dict(model.named_parameters()), world.dtype)
+        of = lambda group: [self.model.w[name] for name in names_of(model, group)]
         groups = [dict(params=of("embed"), lr=hp.tied_embed_lr), dict(params=of("control"), lr=hp.scalar_lr)]
-        self.optimisers = [plain_muon(of("attn", "mlp", "matrix"), hp), torch.optim.AdamW(
-            groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.adam_wd, fused=True)]
+        self.optimisers = [plain_muon(of("matrix"), hp), torch.optim.AdamW(
+            groups, betas=(0.9, hp.beta2), eps=1e-8, weight_decay=hp.adam_wd, fused=True)]
 
     def micro_step(self, x: Tensor, y: Tensor, share: float = 1.0) -> None:
         """Forward and backward."""
@@ -375,7 +380,7 @@ def bench_train(bench: Bench) -> None:
     flat, micro, T = stepper.flat, stepper.micro, hp.train_seq_len
     batch, flops = stepper.batch(), 3 * forward_flops(model, T)
     x, y = (t[:micro] for t in batch)
-    plain = PlainTrainer(hp, world, flat.parameters) if bench.args.versus and world.size == 1 else None
+    plain = PlainTrainer(model, world) if bench.args.versus and world.size == 1 else None
     part = min(micro, max(32768 // T, 1)) if x.is_cuda else micro  # eager keeps more activations
     if plain:
         with world.autocast(), torch.no_grad():
@@ -415,7 +420,8 @@ def bench_train(bench: Bench) -> None:
 def bench_muon(bench: Bench) -> None:
     """Muon alone on the model's matrices: stacked and sharded, against one matrix after the other."""
     hp, world = bench.hp, bench.world
-    shapes = [p.shape for name, p in tg.GPT(hp).named_parameters() if is_matrix(name)]
+    model = tg.GPT(hp)
+    shapes = [model.get_parameter(name).shape for name in names_of(model, "matrix")]
 
     def parameters() -> list[nn.Parameter]:
         made = [nn.Parameter(torch.randn(shape, device=world.device)) for shape in shapes]
@@ -423,16 +429,17 @@ def bench_muon(bench: Bench) -> None:
             p.grad = torch.randn_like(p)
         return made
     squares = [(min(shape), max(shape)) for shape in shapes]
-    flops = hp.muon_backend_steps * sum(4 * m * m * n + 2 * m ** 3 for m, n in squares)
-    orthogonalise = tg.compiled(tg.newton_schulz) if bench.compiling else tg.newton_schulz
-    muon = tg.Muon(parameters(), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_backend_steps,
-                   hp.muon_row_norm, world, orthogonalise)
+    flops = 5 * sum(4 * m * m * n + 2 * m ** 3 for m, n in squares)  # of Newton-Schulz's steps
+    orthogonalise = partial(tg.newton_schulz, dtype=world.dtype)
+    orthogonalise = tg.compiled(orthogonalise) if bench.compiling else orthogonalise
+    muon = tg.Muon(parameters(), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world,
+                   orthogonalise)
     remark = f"{len(shapes)} matrices in {len(set(shapes))} stacks on {world.size} rank(s)"
     work = {"Muon": Work(muon.step, flops=flops / world.size, remark=remark)}
     if bench.args.versus:
         plain = plain_muon(parameters(), hp)
-        work["torch.optim.Muon"] = Work(plain.step, flops=flops, remark="matrix by matrix")
-    bench.measure(work, torch.bfloat16)
+        work["torch.optim.Muon"] = Work(plain.step, flops=flops, remark="matrix by matrix, in bf16")
+    bench.measure(work)
 
 
 def bench_qat(bench: Bench) -> None:
@@ -450,10 +457,8 @@ def bench_qat(bench: Bench) -> None:
 def correlated_hessians(model: tg.GPT, device: torch.device) -> dict[str, Tensor]:
     """For every block matrix the Hessian of correlated inputs; q, k and v share theirs."""
     bases, shared, hessians = {}, {}, {}
-    for name, p in model.named_parameters():
-        if tg.role_of(name) not in ("attn", "mlp"):
-            continue
-        key, n = name.replace("c_k", "c_q").replace("c_v", "c_q"), p.size(1)
+    for name in model.max_codes("matrix"):
+        key, n = name.replace("c_k", "c_q").replace("c_v", "c_q"), model.get_parameter(name).size(1)
         if n not in bases:
             x = torch.randn(2 * n, n, device=device)
             x += x @ torch.randn(n, n, device=device) * n ** -0.5
@@ -476,15 +481,15 @@ GPTQ_STAGES = {"search_scales": "clip search", "round_to_grid": "plain rounding"
 
 
 def bench_gptq(bench: Bench) -> None:
-    """Calibration, and the quantisation of the whole model with clip search."""
+    """Calibration, and the quantisation of the whole model; with a clip search, unless --set says other."""
     hp, world = bench.hp, bench.world
     model, _ = random_model(bench)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    hessians, max_codes = correlated_hessians(model, world.device), tg.matrix_max_codes(hp, weights)
-    quantise = lambda: tg.quantize_model(weights, hessians, hp, world)
+    hessians, max_codes = correlated_hessians(model, world.device), model.max_codes("matrix")
+    quantise = lambda: tg.quantize_model(model, weights, hessians, world)
     shapes = [weights[name].shape for name in max_codes]
-    work = Work(quantise, flops=sum(gptq_flops(*shape) for shape in shapes) / world.size,
-                remark=f"{len(shapes)} matrices, {sum(map(math.prod, shapes))} weights, with clip search")
+    remark = f"{len(shapes)} matrices, {sum(map(math.prod, shapes))} weights, steps by {hp.step_rule}"
+    work = Work(quantise, flops=sum(gptq_flops(*shape) for shape in shapes) / world.size, remark=remark)
     solve = bench.measure({"quantise the model": work}, torch.float32)[0]
     with stage_clock(world.device, GPTQ_STAGES) as seconds:
         quantise()
@@ -504,7 +509,7 @@ def versus_column_loop(bench: Bench, weights: dict, hessians: dict, max_codes: d
     groups: dict[tuple, list[str]] = {}
     for name, max_code in max_codes.items():
         groups.setdefault((*weights[name].shape, max_code), []).append(name)
-    totals, damp = [0.0, 0.0], bench.hp.gptq_damp
+    totals, damp = [0.0, 0.0], 0.01
     for (out, n, max_code), names in groups.items():
         W, H = (torch.stack([tensors[name] for name in names]) for tensors in (weights, hessians))
         scales = tg.storable(tg.row_scales(W, max_code))
@@ -525,18 +530,18 @@ def versus_column_loop(bench: Bench, weights: dict, hessians: dict, max_codes: d
 
 def gaussian_tensors(hp: tg.Hyperparameters) -> dict[str, tg.QuantizedTensor | Tensor]:
     """A quantised model of the preset's shapes with Gaussian codes."""
-    made = dict(tg.GPT(hp).named_parameters())
-    max_codes, tensors = tg.matrix_max_codes(hp, made), {}
-    for name, p in made.items():
-        noise, max_code = torch.randn(p.shape), max_codes.get(name, tg.max_code_of(hp.embed_bits))
-        if name in max_codes:
-            codes = (CODE_STD * noise).round_().clamp_(-max_code, max_code).to(torch.int8)
-            tensors[name] = tg.QuantizedTensor(codes, tg.storable(0.01 * torch.rand(len(p)) + 0.01), max_code)
-        elif tg.role_of(name) == "embed":
-            tensors[name] = tg.round_to_grid(noise, tg.storable(tg.row_scales(noise, max_code)), max_code)
+    model = tg.GPT(hp)
+    roles, matrices, tables = model.roles(), model.max_codes("matrix"), model.max_codes("embed")
+    tensors = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    for name, max_code in (matrices | tables).items():
+        noise = tensors[name]
+        if name in matrices:
+            steps = tg.storable(0.01 * torch.rand(len(noise)) + 0.01)
+            q = tg.round_to_grid(CODE_STD * noise * steps.unsqueeze(-1), steps, max_code)
         else:
-            tensors[name] = noise.half()
-    return tensors
+            q = tg.round_to_grid(noise, tg.storable(tg.row_scales(noise, max_code)), max_code)
+        tensors[name] = dataclasses.replace(q, role=roles[name])
+    return {name: t.half() if isinstance(t, Tensor) else t for name, t in tensors.items()}
 
 
 def entropy_bytes(codes: list[Tensor]) -> float:
@@ -548,7 +553,7 @@ def entropy_bytes(codes: list[Tensor]) -> float:
 
 def bench_pack(bench: Bench) -> None:
     """Packing and unpacking of Gaussian codes: seconds, and bytes against the entropy."""
-    level, tensors = bench.hp.zstd_level, gaussian_tensors(bench.hp)
+    tensors = gaussian_tensors(bench.hp)
     kinds: dict[int, list[Tensor]] = {}
     parts, fp16 = [], []
     for t in tensors.values():
@@ -557,8 +562,8 @@ def bench_pack(bench: Bench) -> None:
             parts.append(t.codes.numpy().tobytes())
         fp16.append((t.scales if isinstance(t, tg.QuantizedTensor) else t).half().numpy().tobytes())
     raw, entropy = sum(map(len, fp16)), sum(map(entropy_bytes, kinds.values()))
-    blob = tg.pack({}, tensors, level)
-    work = {"pack": Work(lambda: tg.pack({}, tensors, level), remark=f"{len(blob)} B")}
+    blob = tg.pack({}, tensors)
+    work = {"pack": Work(lambda: tg.pack({}, tensors), remark=f"{len(blob)} B")}
     if bench.args.versus:
         compress = lambda: zstandard.ZstdCompressor(level=22).compress(b"".join(parts + fp16))
         work["plain zstd -22"] = Work(compress, remark=f"{len(compress())} B, codes as int8")
@@ -610,8 +615,9 @@ def bench_ttt(bench: Bench) -> None:
     ones = torch.ones(len(tokens) - 1, dtype=torch.uint8, device=world.device)
     windows = tg.sliding_windows(T + size, T, hp.eval_stride)[1:]
     trainer = tg.ChunkTrainer(model, hp, world)
-    score = partial(tg.evaluate, model, tokens, ones, windows, world, tg.scoring_batch_tokens(hp, world, size),
-                    hp.ttt_temperature, score_fn)
+    batch_tokens = tg.scoring_batch_tokens(hp, world, size)
+    score = partial(tg.evaluate, model, tokens, ones, windows, world, batch_tokens, hp.ttt_temperature,
+                    score_fn)
     flops = len(windows) * T * forward_flops(model, T, hp.eval_stride / T) / world.size
     remark = f"{size} positions, stride {hp.eval_stride} of {T}"
     scoring = bench.measure({"score a chunk": Work(score, size, flops, remark=remark)})[0]
@@ -713,9 +719,10 @@ def parser() -> Parser:
            help="sizes; default: pr606 on CUDA and for gptq and pack, else smoke; a CPU gets smaller batches")
     option("--repeats", type=at_least_one, default=5, help="rounds after the warm-up, default 5")
     option("--seconds", type=float, default=60.0, help="no further round after this long, default 60")
-    option("--device", choices=tg.CHOICES["device"], default="auto", help="default auto")
-    option("--dtype", choices=tg.CHOICES["dtype"], default="auto", help="as the setting DTYPE")
-    option("--compile", nargs="?", const="1", choices=tg.CHOICES["compile"], default="auto",
+    choices = lambda name: tg.Hyperparameters.fields()[name].metadata["choices"]
+    option("--device", choices=choices("device"), default="auto", help="default auto")
+    option("--dtype", choices=choices("dtype"), default="auto", help="as the setting DTYPE")
+    option("--compile", nargs="?", const="1", choices=choices("compile"), default="auto",
            help="compile the script's functions (never the plain ones); auto: on CUDA")
     option("--versus", action="store_true", help="also measure a straightforward baseline, if there is one")
     option("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting of train_gpt.py")
@@ -731,14 +738,14 @@ def settings_for(name: str, args: argparse.Namespace) -> tg.Hyperparameters:
     env = {"PRESET": preset, "DEVICE": args.device, "DTYPE": args.dtype, "COMPILE": args.compile}
     if not cuda and preset != "smoke":
         env |= ON_CPU.get(name, {})
-    if name == "eval":
-        env["EVAL_STRIDE"] = "64"
+    env |= OF_ITS_OWN.get(name, {})
     for pair in args.set:
         key, equals, value = pair.partition("=")
         if not equals:
             raise tg.UserError(f"--set {pair}: write NAME=VALUE")
         env[key] = value
-    if args.compile == "1" and not cuda and not tg.cpp_compiler():
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+    if args.compile == "1" and not cuda and not any(map(shutil.which, compilers)):
         raise tg.UserError("--compile needs a C++ compiler (g++ or clang++)")
     return tg.Hyperparameters.from_env(env)
 
@@ -782,7 +789,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
         reports.append(bench.report())
     if world.rank == 0:
         result = reports[0] if len(names) == 1 else {"subcommand": "all", "reports": reports}
-        command = " ".join(["python tests/benchmark.py", *arguments])
+        command = " ".join(["python records/benchmark.py", *arguments])
         print(table(reports))
         tg.write_atomically(path, json.dumps({"command": command} | result, indent=1).encode())
         print(f"written to {path}")

@@ -1,9 +1,9 @@
-"""The README's experiments: runs of train_gpt.py at `smoke` scale over several seeds, and their tables.
+"""The experiments of RESULTS.md: runs of train_gpt.py at `smoke` scale over several seeds, and their tables.
 
     python records/experiments.py ablations             run what is missing, then print the table
     python records/experiments.py all --jobs 2          every study, two runs at a time, which share the cores
     python records/experiments.py qat --dry-run         list what would run
-    python records/experiments.py qat --table --readme  write the table of what is there into README.md
+    python records/experiments.py qat --table --write   write the table of what is there into RESULTS.md
     DATA_PATH=... TOKENIZER_PATH=... VOCAB_SIZE=... python records/experiments.py ttt --corpus NAME
                                                         the same on another text
 
@@ -30,7 +30,7 @@ from runs import BOOKKEEPING, ROOT, Mistake, Run, exit_status, script, show, wri
 
 KEPT = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "DEVICE")
 CONSOLE = "console.txt"  # what a run printed; locked while it lives, it marks a folder that may be made anew
-SHORT = "ITERATIONS=320 WARMDOWN_ITERS=250 LATE_QAT=0"  # every ablation: a minute on two cores
+SHORT = "ITERATIONS=320 WARMDOWN_ITERS=250 LATE_QAT_THRESHOLD=0"  # every ablation: a minute on two cores
 ABLATIONS = {  # label: what is removed, and how
     "full": ("nothing", ""),
     "value_residual": ("value residual", "VALUE_RESIDUAL=0"),
@@ -81,15 +81,22 @@ def variant(label: str, settings: str, parent: Variant | None = None) -> Variant
 SCORED = "STAGES=quantize,evaluate TTT_ENABLED=0 SKIP_SLIDING=1 EVAL_SECONDS=0"
 
 
-def rounded(trained: Variant, quantizer: str, attn: int, mlp: int) -> Variant:
-    """A trained model quantised, packed, loaded and scored."""
+def rounded(trained: Variant, kind: str, attn: int, mlp: int) -> Variant:
+    """A trained model quantised, packed, loaded and scored.
+
+    kind is rtn, lite or gptq. GPTQ keeps the steps of a model that was trained for them by QAT, and searches
+    them for any other.
+    """
     bits = f"int{attn}" if attn == mlp else f"int{attn}int{mlp}"
-    settings = f"{SCORED} QUANTIZER={quantizer} ATTN_BITS={attn} MLP_BITS={mlp}"
-    return variant(f"{trained.label}-{bits}-{quantizer}", settings, trained)
+    steps = "clip" if trained is NONE else "absmax"
+    rule = {"rtn": "QUANTIZER=rtn STEP_RULE=absmax", "lite": "QUANTIZER=rtn STEP_RULE=lite",
+            "gptq": f"QUANTIZER=gptq STEP_RULE={steps}"}[kind]
+    settings = f"{SCORED} {rule} ATTN_BITS={attn} MLP_BITS={mlp}"
+    return variant(f"{trained.label}-{bits}-{kind}", settings, trained)
 
 
 ABLATION = {label: variant(f"ablation-{label}", f"{SHORT} {env}") for label, (_, env) in ABLATIONS.items()}
-NONE, SOFT = variant("qat-none", "LATE_QAT=0"), variant("qat-soft", "")
+NONE, SOFT = variant("qat-none", "LATE_QAT_THRESHOLD=0"), variant("qat-soft", "")
 SHARP = variant("qat-sharp", "LATE_QAT_THRESHOLD=0.3 SOFT_ROUND_ALPHA=16")
 STE = variant("qat-ste", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3")
 STE4 = variant("qat-ste4", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3 ATTN_BITS=4 MLP_BITS=4")
@@ -98,7 +105,7 @@ QAT = (("none", NONE, 5), ("soft-round, `smoke`'s", SOFT, 5),
        ("none", NONE, 4), ("straight-through below 0.3", STE4, 4))
 QUANTIZERS = {(f"int{attn} / int{mlp}", title): rounded(NONE, name, attn, mlp)
               for attn, mlp in ((6, 6), (6, 5), (5, 5))
-              for name, title in (("rtn", "plain rounding"), ("gptq_lite", "GPTQ-lite"), ("gptq", "GPTQ"))}
+              for name, title in (("rtn", "plain rounding"), ("lite", "GPTQ-lite"), ("gptq", "GPTQ"))}
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -113,21 +120,22 @@ def with_parents(variants: Iterable[Variant]) -> list[Variant]:
     return list(found.values())
 
 
-def unread(hp) -> tuple[str, ...]:
-    """How the names of the settings begin that a run does not read, so that its preset may change them."""
-    names = [*BOOKKEEPING, *map(str.lower, KEPT), "ignored", "val_batch_size"]
-    if "evaluate" not in hp.stages:
-        names += ["eval_stride", "eval_seconds", "skip_sliding"]
-    if "evaluate" not in hp.stages or not hp.ttt_enabled:
-        names += ["ttt_", "use_polyak", "polyak_decay"]
-    if "quantize" not in hp.stages:
-        names += ["quantizer", "prune_pct", "gptq_", "embed_bits", "zstd_level"]
-    if not hp.late_qat:
-        names += ["late_qat_threshold", "soft_round"]
-        names += [] if "quantize" in hp.stages else ["attn_bits", "mlp_bits", "int6_last_n"]
+def unread(hp) -> set[str]:
+    """The settings that a run does not read, so that its preset may change them."""
+    fields, stages = hp.fields, hp.stages.split(",")
+    names = {*BOOKKEEPING, *map(str.lower, KEPT)}
+    if "evaluate" not in stages:
+        names |= fields("score").keys()
+    if not hp.ttt_enabled:
+        names |= {name for name in fields("score") if name.startswith("ttt_")}
+    if "quantize" not in stages:  # QAT trains on the grid that these give
+        grid = {"attn_bits", "mlp_bits", "artifact_limit"} if hp.late_qat_threshold else set()
+        names |= fields("quantise").keys() - grid
+    if not hp.late_qat_threshold:
+        names |= {"soft_round_qat", "soft_round_alpha"}
     if not hp.soft_round_qat:
-        names += ["soft_round_alpha"]
-    return tuple(names)
+        names |= {"soft_round_alpha"}
+    return names
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class Bench:
         hp = script().Hyperparameters.from_env(self.settings(what, seed))
         wanted = json.loads(json.dumps(asdict(hp)))
         for name, value in run.result.get("scored_with", run.result).get("settings", {}).items():
-            if value != wanted.get(name, value) and not name.startswith(unread(hp)):
+            if value != wanted.get(name, value) and name not in unread(hp):
                 raise Mistake(f"{folder} was run with {name.upper()}={show(value)}, this study wants "
                               f"{show(wanted[name])}; remove it, or choose another --logs")
         if what.parent:
@@ -283,21 +291,21 @@ def report(bench: Bench, name: str) -> tuple[str, int]:
     return "\n".join([*table(bench), "", note]), runs.count(None)
 
 
-def with_block(readme: str, name: str, text: str) -> str:
-    """The README with a text between the two markers of an experiment."""
+def with_block(page: str, name: str, text: str) -> str:
+    """RESULTS.md with a text between the two markers of an experiment."""
     start, end = f"<!-- experiment:{name} -->", f"<!-- end of experiment:{name} -->"
-    if readme.count(start) != 1 or readme.count(end) != 1:
-        raise Mistake(f"README.md needs one pair of {start} and {end}")
-    return readme[:readme.index(start)] + f"{start}\n{text}\n" + readme[readme.index(end):]
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise Mistake(f"records/RESULTS.md needs one pair of {start} and {end}")
+    return page[:page.index(start)] + f"{start}\n{text}\n" + page[page.index(end):]
 
 
 def environment(overrides: Mapping[str, str]) -> dict[str, str]:
     """The caller's environment without settings of train_gpt.py, but for KEPT; paths become absolute."""
     tg = script()
-    fields = {name.upper() for name in tg.Hyperparameters.__dataclass_fields__}
+    fields = {name.upper() for name in tg.Hyperparameters.fields()}
     if unknown := overrides.keys() - fields:
         raise Mistake(f"--set {min(unknown)}: no such setting; see python train_gpt.py --help")
-    known = fields.union(tg.ALIASES, tg.NOT_CARRIED, tg.IGNORED_NAMES) - {*KEPT}
+    known = fields.union(tg.SPELLINGS, tg.FIXED, tg.IGNORED_NAMES) - {*KEPT}
     env = {name: text for name, text in os.environ.items()
            if name not in known and not name.startswith(tg.OWN_PREFIXES)}
     paths = {name: env.get(name) or ROOT / tg.PRESETS["smoke"][name.lower()] for name in KEPT[:2]}
@@ -388,7 +396,7 @@ def program() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for every run")
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     parser.add_argument("--table", action="store_true", help="run nothing, only print the table")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table into records/RESULTS.md")
     arguments = parser.parse_args()
     logs = arguments.logs.resolve()
     try:
@@ -420,11 +428,12 @@ def program() -> None:
     for name in names:
         text, missing = report(bench, name)
         print(f"\n{name}\n\n{text}")
-        if arguments.readme:
+        if arguments.write:
             if missing:
-                raise Mistake(f"{missing} runs of {name} are missing; README.md takes whole tables only")
-            readme, block = ROOT / "README.md", f"{arguments.corpus}{'-' * bool(arguments.corpus)}{name}"
-            write_atomically(readme, with_block(readme.read_text(encoding="utf-8"), block, text).encode())
+                raise Mistake(f"{missing} runs of {name} are missing; RESULTS.md takes whole tables only")
+            block = f"{arguments.corpus}{'-' * bool(arguments.corpus)}{name}"
+            page = ROOT / "records/RESULTS.md"
+            write_atomically(page, with_block(page.read_text(encoding="utf-8"), block, text).encode())
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def bits(codes: np.ndarray, max_code: int) -> np.ndarray:
     return np.packbits(np.unpackbits(offset(codes, max_code).reshape(-1, 1), axis=1)[:, -width:])
 
 
-def by_role_and_width(name: str, max_code: int) -> str:
+def by_role_and_width(_name: str, tensor) -> str:
     """The frame of a tensor: one for each role and number of bits."""
-    return f"{script().role_of(name)}.{max_code}"
+    return f"{tensor.role}.{tensor.max_code}"
 
 
 def literals(strategy: int = zstandard.STRATEGY_FAST, **options: int) -> Callable[[bytes], bytes]:
@@ -72,7 +72,7 @@ class Layout:
     name: str
     values: Callable[[np.ndarray, int], np.ndarray] = offset
     columns_first: bool = False
-    frame: Callable[[str, int], str] = by_role_and_width
+    frame: Callable[[str, object], str] = by_role_and_width
     compress: Callable[[bytes], bytes] = field(default_factory=literals)
 
     def frames(self, tensors: Mapping) -> list[bytes]:
@@ -82,7 +82,7 @@ class Layout:
             codes = tensor.codes.numpy()
             ordered = np.ascontiguousarray(codes.swapaxes(-2, -1) if self.columns_first else codes)
             values = self.values(ordered, tensor.max_code)
-            plain.setdefault(self.frame(name, tensor.max_code), []).append(values.tobytes())
+            plain.setdefault(self.frame(name, tensor), []).append(values.tobytes())
         return [self.compress(b"".join(parts)) for _, parts in sorted(plain.items())]
 
 
@@ -94,11 +94,11 @@ def layouts() -> Iterator[Layout]:
     yield replace(base, name="zigzag codes", values=zigzag)
     yield replace(base, name="two's complement codes", values=signed)
     yield replace(base, name="bits packed first", values=bits)
-    yield replace(base, name="one frame", frame=lambda name, max_code: "")
-    yield replace(base, name="a frame per width", frame=lambda name, max_code: str(max_code))
-    yield replace(base, name="a frame per tensor", frame=lambda name, max_code: name)
+    yield replace(base, name="one frame", frame=lambda name, tensor: "")
+    yield replace(base, name="a frame per width", frame=lambda name, tensor: str(tensor.max_code))
+    yield replace(base, name="a frame per tensor", frame=lambda name, tensor: name)
     for level in (1, 3, 9, 15, 19, 22):
-        plain = partial(script().compress, level=level, literals=False)
+        plain = partial(script().zstd_frame, literals=False, level=level)
         yield replace(base, name=f"level {level}", compress=plain)
     for min_match in (3, 4, 5, 6):
         yield replace(base, name=f"literals, min_match {min_match}", compress=literals(min_match=min_match))
@@ -116,15 +116,14 @@ def gaussian_codes() -> dict:
     import torch
 
     tg = script()
-    hp = tg.Hyperparameters.from_env({"PRESET": "pr606"})
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in tg.GPT(hp).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    codes = {}
-    for name, max_code in tg.matrix_max_codes(hp, shapes).items():
-        drawn = torch.randn(shapes[name], generator=generator).mul_(GAUSSIAN_STEPS).round_()
-        scales = torch.ones(shapes[name][0])
-        codes[name] = tg.QuantizedTensor(drawn.clamp_(-max_code, max_code).to(torch.int8), scales, max_code)
+        model = tg.GPT(tg.Hyperparameters.from_env({"PRESET": "pr606"}))
+    generator, roles, codes = torch.Generator().manual_seed(0), model.roles(), {}
+    for name, max_code in model.max_codes("matrix").items():
+        shape = model.get_parameter(name).shape
+        drawn = torch.randn(shape, generator=generator).mul_(GAUSSIAN_STEPS).round_()
+        drawn, scales = drawn.clamp_(-max_code, max_code).to(torch.int8), torch.ones(shape[0])
+        codes[name] = tg.QuantizedTensor(drawn, scales, max_code, roles[name])
     return codes
 
 
@@ -143,11 +142,13 @@ def artifact_codes(path: Path) -> dict:
 
 def entropy_bytes(tensors: Mapping) -> float:
     """What an ideal order-0 coder of each role and width would need."""
-    tg, histograms = script(), {}
+    histograms: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        key = by_role_and_width(name, tensor.max_code)
-        histograms[key] = histograms.get(key, 0) + tg.code_histogram(tensor.codes, tensor.max_code)
-    return sum(map(tg.code_entropy_bits, histograms.values())) / 8
+        key, values = by_role_and_width(name, tensor), offset(tensor.codes.numpy(), tensor.max_code)
+        counts = np.bincount(values.ravel(), minlength=2 * tensor.max_code + 1)
+        histograms[key] = histograms.get(key, 0) + counts
+    seen = [counts[counts > 0] for counts in histograms.values()]
+    return sum(float(counts @ np.log2(counts.sum() / counts)) for counts in seen) / 8
 
 
 def cell(frames: list[bytes], bound: float, blob: bytes) -> str:
@@ -159,10 +160,9 @@ def cell(frames: list[bytes], bound: float, blob: bytes) -> str:
 
 def table(tensors: Mapping) -> str:
     """Every layout in Markdown, and below it what the codes are."""
-    tg = script()
-    blob, parts = tg.pack({}, tensors), ({}, {})
+    blob, parts = script().pack({}, tensors), ({}, {})
     for name, tensor in tensors.items():
-        parts[tg.role_of(name) == "embed"][name] = tensor
+        parts[tensor.role == "embed"][name] = tensor
     bounds = [entropy_bytes(part) for part in parts]
     lines = ["| layout | matrices | tables | seconds |", "|---|---:|---:|---:|"]
     for layout in tqdm(list(layouts()), desc="layouts", leave=False, disable=None):

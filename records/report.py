@@ -373,11 +373,12 @@ def artifact_bytes(run: Run) -> str:
     sections, total, limit = artifact.get("sections", {}), artifact["total_bytes"], artifact["limit"]
     parts = [("code", artifact["code_bytes"])]
     parts += [(section_name(key), part["bytes"]) for key, part in sections.items()]
-    coded = [part for part in sections.values() if part.get("entropy_bytes")]
-    ratio = sum(part["bytes"] for part in coded) / max(1, sum(part["entropy_bytes"] for part in coded))
+    coded = [part for key, part in sections.items() if key.partition(".")[2].isdigit()]
+    codes = sum(part["plain_bytes"] for part in coded)  # each a byte before it is packed
+    bits = 8 * sum(part["bytes"] for part in coded) / max(1, codes)
     used = f"{total:,} of {limit:,} bytes, {100 * total / limit:.1f} %"
     used += verdict(total <= limit, "over the limit")
-    used += f"; the codes take {ratio:.3f} of their order-0 entropy" if coded else ""
+    used += f"; a code takes {bits:.2f} bits on average" if coded else ""
     share = f"<div class='bar thin'><i class='p0' style='width:{100 * min(1, total / limit):.2f}%'></i></div>"
     bar = stacked(sorted(parts, key=lambda part: -part[1]), total, "{:,.0f} B")
     return f"<p class='note'>{used}</p>{share}{bar}"
@@ -422,11 +423,10 @@ def clock_bars(run: Run) -> str:
 
 
 def technique_table(runs: Sequence[Run]) -> str:
-    """What the loss of one training batch would be without each technique."""
-    proofs = [run.result["proofs"].get("techniques", {}) for run in runs]
-    names = dict.fromkeys(name for proof in proofs for name in proof)
-    change = lambda proof: f"{proof['loss_without'] - proof['loss']:+.4f}" if proof else OFF
-    rows = [[name.replace("_", " "), *(change(proof.get(name)) for proof in proofs)] for name in names]
+    """How much higher the loss of a batch of validation text is without each technique."""
+    names = dict.fromkeys(name for run in runs for name in run.techniques)
+    change = lambda effect: OFF if effect is None else f"{effect:+.4f}"
+    rows = [[n.replace("_", " "), *(change(run.techniques.get(n)) for run in runs)] for n in names]
     return table(["without it, nats", *chips(runs)], rows) if rows else ""
 
 
@@ -434,11 +434,10 @@ def proof_lines(run: Run) -> str:
     """QAT, averaging and test-time training in a sentence each."""
     proofs, lines = run.result["proofs"], []
     if qat := proofs.get("qat"):
-        after = qat.get("distance_raw", qat.get("distance_averaged"))
         lines.append(
             f"<b>QAT</b> from step {qat['first_step']:.0f}: the weights' distance to their grid went from "
-            f"{qat['distance_before']:.3f} to {after:.3f} of a step; rounding the exported weights changes "
-            f"the loss of one batch by {qat['loss_rounded'] - qat['loss']:+.4f} nats.")
+            f"{qat['distance_before']:.3f} to {qat['distance_raw']:.3f} of a step; rounding the exported "
+            f"weights changes the loss of one batch by {qat['loss_rounded'] - qat['loss']:+.4f} nats.")
     elif "qat" in proofs:
         lines.append("<b>QAT</b> was off.")
     if averaging := proofs.get("averaging"):
@@ -530,8 +529,10 @@ def page(runs: Sequence[Run]) -> str:
                 "1 would be no better than rounding. Hold a cell for the numbers."),
         section("Clocks", each(clock_bars, runs)),
         section("Proofs", technique_table(runs) + each(proof_lines, runs),
-                "Each technique leaves a measured trace: how much worse the loss of one batch of training "
-                "text is with it switched off."),
+                "Each technique leaves a measured trace. " + (
+                    "The table: how much worse the loss on a batch of validation text is without it."
+                    if any(run.techniques for run in runs) else
+                    "What those of the model are worth, <code>audit.py --techniques</code> tells.")),
         section("Settings", settings_tables(runs)),
         section("Machine", machine_table(runs)),
     ]

@@ -22,10 +22,10 @@ SCORES = {
 }
 # Settings that say where and how a run is written down, not what it computes.
 BOOKKEEPING = (
-    "run_id", "stages", "artifact", "resume", "checkpoint_every", "train_log_every", "tensorboard",
-    "data_path", "tokenizer_path")
+    "run_id", "stages", "artifact", "resume", "checkpoint_every", "train_log_every", "data_path",
+    "tokenizer_path")
 # How the names of the settings begin that only scoring reads.
-SCORING = ("eval_", "ttt_", "skip_sliding", "use_polyak", "polyak_decay", "val_batch_size")
+SCORING = ("eval_", "ttt_", "skip_sliding")
 
 
 class Mistake(Exception):
@@ -147,7 +147,6 @@ class Run:
         values = self.result.get("settings") or self.preset_settings() | self.changed
         scored = self.result.get("scored_with", {}).get("settings", {})
         values = values | {name: value for name, value in scored.items() if name.startswith(SCORING)}
-        values = {name: value for name, value in values.items() if name != "ignored"}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def preset_settings(self) -> dict[str, object]:
@@ -155,9 +154,22 @@ class Run:
         tg, preset = script(), self.result["preset"]
         if preset not in tg.PRESETS:
             raise Mistake(f"{self.folder}: train_gpt.py has no preset {preset}")
-        fields = dataclasses.fields(tg.Hyperparameters)
-        defaults = {field.name: field.default for field in fields if field.metadata}
+        defaults = {field.name: field.default for field in dataclasses.fields(tg.Hyperparameters)}
         return {**defaults, **tg.PRESETS[preset], "preset": preset}
+
+    @cached_property
+    def techniques(self) -> dict[str, float]:
+        """By how much the loss rises without each technique, where audit.py --techniques has left that."""
+        path = self.folder / "techniques.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = found["artifact_sha256"] == self.result.get("artifact", {}).get("sha256")
+            rows = found["techniques"].items() if same else ()
+            return {name: each["loss_without"] - each["loss"] for name, each in rows}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistake(f"{path} is damaged ({error}); run audit.py --techniques again") from None
 
     @cached_property
     def lines(self) -> list[dict]:

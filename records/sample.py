@@ -8,7 +8,6 @@ come; the end of a document ends the text.
 """
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +31,13 @@ def load(run: Run, tokenizer: Path | None, device: str):
     path = run.folder / "artifact.bin"
     if not path.is_file():
         raise Mistake(f"{path} is missing; run STAGES=quantize under the same RUN_ID")
-    known = {field.name for field in dataclasses.fields(tg.Hyperparameters)}
+    known = tg.Hyperparameters.fields()
     settings = {name: value for name, value in run.settings.items() if name in known}
     try:
         hp = tg.Hyperparameters(**settings | {"device": device})
         world = tg.World(hp, {})
-        model, hp, _ = tg.load_artifact(path.read_bytes(), hp, world)
-        tg.choose_attention(hp, model, world)
+        model, _ = tg.load_artifact(path.read_bytes(), hp, world)
+        hp = model.use(tg.choose_attention(model.hp, world)[1]).hp
         words = tg.load_tokenizer(str(tokenizer or find_file(hp.tokenizer_path, run)), hp.vocab_size)
     except ValueError as error:
         raise Mistake(str(error)) from None

@@ -183,13 +183,13 @@ def budget_table(runs: Sequence[Run]) -> str:
 
 def proof_rows(run: Run) -> dict[str, str]:
     """The measured traces of a run's techniques, by name."""
-    proofs, rows = run.result["proofs"], {}
-    for name, proof in proofs.get("techniques", {}).items():
-        rows[f"{name.replace('_', ' ')}: loss without it"] = f"{proof['loss_without'] - proof['loss']:+.4f}"
+    proofs = run.result["proofs"]
+    rows = {f"{name.replace('_', ' ')}: loss without it": f"{effect:+.4f}"
+            for name, effect in run.techniques.items()}
     if qat := proofs.get("qat"):
-        after = qat.get("distance_raw", qat.get("distance_averaged"))
+        distances = f"{qat['distance_before']:.3f}, {qat['distance_raw']:.3f}"
         rows["QAT: first step"] = f"{qat['first_step']:.0f}"
-        rows["QAT: distance to the grid, before and after"] = f"{qat['distance_before']:.3f}, {after:.3f}"
+        rows["QAT: distance to the grid, before and after"] = distances
         rows["QAT: loss by rounding"] = f"{qat['loss_rounded'] - qat['loss']:+.4f}"
     if averaging := proofs.get("averaging"):
         moved = f"{averaging.get('exported')}, {100 * averaging['distance_from_raw']:.2f} %"
@@ -264,7 +264,8 @@ def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) 
         "## Settings", settings_text(runs[0]),
         "## Clocks", budget_table(runs),
         "## Proofs",
-        "Measured on the weights that are submitted; losses in nats on one batch of training text.",
+        "Measured on the weights that are submitted; losses in nats on a batch of training text, where a "
+        "technique of the model is switched off (`audit.py --techniques`) of validation text.",
         proofs_table(runs),
         "## Audit", audit_table(runs),
         "## Reproduce", f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",

@@ -1,8 +1,8 @@
 """Slow, plain restatements of what train_gpt.py computes, to compare it with.
 
 Everything here is float64 and as close to the formulas on paper as code can be: one sequence, one layer, one
-head, one query position at a time. Nothing is imported from the script. The forward pass is made of
-differentiable torch operations, so gradients come from autograd; what needs no gradient is NumPy.
+head, one query position at a time. Nothing of the script is used. The forward pass is made of differentiable
+torch operations, so gradients come from autograd; what needs no gradient is NumPy.
 
 `hp` is any object with the settings as attributes, under their environment names in lower case.
 """
@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+from conftest import draw
 
 BOS = 1
 EPS32 = float(torch.finfo(torch.float32).eps)
@@ -22,70 +23,58 @@ EPS64 = float(torch.finfo(torch.float64).eps)
 # ----------------------------------------------------------------------------------------------------------
 
 
-def reference_shapes(
-    *,
-    layers,
-    dim,
-    heads,
-    kv_heads,
-    mlp_hidden,
-    vocab,
-    bigram_buckets,
-    bigram_dim,
-    ve_dim=0,
-    ve_layers=(),
-    value_residual=False,
-    gated_attention=False,
-):
+# The techniques of the model, by the setting that switches each off, whose formulas stand below.
+TECHNIQUES = {
+    "xsa_last_n", "ln_scale", "smear_gate", "smear_reset_at_bos", "bigram_vocab_size", "ve_enabled",
+    "value_residual", "gated_attention",
+}  # fmt: skip
+
+
+def reference_shapes(hp):
     """Name and shape of every tensor in a saved model, as the two submissions name them."""
-    kv_dim = dim // heads * kv_heads
-    shapes = {"tok_emb.weight": (vocab, dim), "smear.gate": (dim,)}
-    shapes["skip_weights"] = (min(layers // 2, layers - layers // 2), dim)
-    if bigram_buckets:
-        shapes["bigram.embed.weight"] = (bigram_buckets, bigram_dim)
-        shapes["bigram.proj.weight"] = (dim, bigram_dim)
+    layers, dim, heads, vocab = hp.num_layers, hp.model_dim, hp.num_heads, hp.vocab_size
+    kv_dim, hidden = dim // heads * hp.num_kv_heads, int(hp.mlp_mult * dim)
+    shapes = {"tok_emb.weight": (vocab, dim), "skip_weights": (min(layers // 2, layers - layers // 2), dim)}
+    if hp.smear_gate:
+        shapes["smear.gate"] = (dim,)
+    if hp.bigram_vocab_size:
+        shapes["bigram.embed.weight"] = (hp.bigram_vocab_size, hp.bigram_dim)
+        shapes["bigram.proj.weight"] = (dim, hp.bigram_dim)
         shapes["bigram.scale"] = ()
-    if ve_layers:
-        shapes["ve_shared.embed.weight"] = (vocab, ve_dim)
-        shapes["ve_shared.proj.weight"] = (kv_dim, ve_dim)
+    if hp.ve_enabled:
+        shapes["ve_shared.embed.weight"] = (vocab, hp.ve_dim)
+        shapes["ve_shared.proj.weight"] = (kv_dim, hp.ve_dim)
         shapes["ve_shared.scale"] = ()
-        for i in range(len(ve_layers)):
-            shapes[f"ve_layer_scales.{i}"] = (1,)
-    for i in range(layers):
-        block = {
-            "attn_scale": (dim,),
-            "mlp_scale": (dim,),
-            "resid_mix": (2, dim),
-            "attn.c_q.weight": (dim, dim),
-            "attn.c_k.weight": (kv_dim, dim),
-            "attn.c_v.weight": (kv_dim, dim),
-            "attn.proj.weight": (dim, dim),
-            "attn.q_gain": (heads,),
-            "mlp.fc.weight": (mlp_hidden, dim),
-            "mlp.proj.weight": (dim, mlp_hidden),
-        }
-        if value_residual:
-            block["attn.vr_lambda"] = (2,)
-        if gated_attention:
-            block["attn.attn_gate.weight"] = (heads, dim)
-            block["attn.attn_gate.bias"] = (heads,)
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return shapes
+        shapes |= {f"ve_layer_scales.{i}": (1,) for i in range(len(hp.ve_layers))}
+    block = {
+        "attn_scale": (dim,),
+        "mlp_scale": (dim,),
+        "resid_mix": (2, dim),
+        "attn.c_q.weight": (dim, dim),
+        "attn.c_k.weight": (kv_dim, dim),
+        "attn.c_v.weight": (kv_dim, dim),
+        "attn.proj.weight": (dim, dim),
+        "attn.q_gain": (heads,),
+        "mlp.fc.weight": (hidden, dim),
+        "mlp.proj.weight": (dim, hidden),
+    }
+    if hp.value_residual:
+        block["attn.vr_lambda"] = (2,)
+    if hp.gated_attention:
+        block["attn.attn_gate.weight"] = (heads, dim)
+        block["attn.attn_gate.bias"] = (heads,)
+    return shapes | {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
 
 
-def random_state(shapes, seed):
-    """Random values for every tensor, none of them at a neutral value such as 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
+def random_state(shapes, seed=0):
+    """Random float64 values for every tensor, by its name, none of them at a neutral value such as 0 or 1."""
     state = {}
-    for name in sorted(shapes):
-        shape = shapes[name]
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if name == "tok_emb.weight" or "embed" in name:
+    for name, shape in shapes.items():
+        noise = draw(name, shape, seed).double()
+        if name == "tok_emb.weight" or "embed" in name or name.endswith(("smear.gate", "attn_gate.bias")):
             state[name] = noise
         elif name.endswith(".weight"):
             state[name] = noise / math.sqrt(shape[1])
-        elif name.endswith(("smear.gate", "attn_gate.bias")):
-            state[name] = noise
         else:
             state[name] = 0.8 + 0.4 * noise
     return state
@@ -118,18 +107,11 @@ def reference_bigram_index(ids, buckets):
 def reference_rotary(x, base, rope_dims):
     """Rotate pairs (j, j + rope_dims/2) of each row of x (T, head_dim) by position * base^(-2j/rope_dims)."""
     half = rope_dims // 2
-    rows = []
-    for position in range(x.shape[0]):
-        first, second = [], []
-        for j in range(half):
-            angle = position * base ** (-2.0 * j / rope_dims)
-            cos, sin = math.cos(angle), math.sin(angle)
-            x1, x2 = x[position, j], x[position, j + half]
-            first.append(x1 * cos + x2 * sin)
-            second.append(-x1 * sin + x2 * cos)
-        rotated = torch.stack(first + second) if half else x[position, :0]
-        rows.append(torch.cat([rotated, x[position, rope_dims:]]))
-    return torch.stack(rows)
+    angles = [[t * base ** (-2.0 * j / rope_dims) for j in range(half)] for t in range(len(x))]
+    cos = torch.tensor([[math.cos(angle) for angle in row] for row in angles], dtype=torch.float64)
+    sin = torch.tensor([[math.sin(angle) for angle in row] for row in angles], dtype=torch.float64)
+    x1, x2 = x[:, :half], x[:, half:rope_dims]
+    return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos, x[:, rope_dims:]], dim=1)
 
 
 def reference_rope_base(hp, length):
@@ -142,23 +124,12 @@ def reference_rope_base(hp, length):
 
 def reference_head(q, k, v):
     """Causal attention of one head: q, k, v (T, head_dim)."""
-    length, head_dim = q.shape
     rows = []
-    for t in range(length):
-        scores = torch.stack([(q[t] * k[past]).sum() for past in range(length)]) / math.sqrt(head_dim)
-        visible = torch.tensor([past <= t for past in range(length)])
-        scores = torch.where(visible, scores, -math.inf)
+    for t in range(len(q)):
+        scores = k[: t + 1] @ q[t] / math.sqrt(q.shape[1])
         weights = torch.exp(scores - scores.max())
-        weights = weights / weights.sum()
-        rows.append(weights @ v)
+        rows.append(weights / weights.sum() @ v[: t + 1])
     return torch.stack(rows)
-
-
-def _ve_layers(hp):
-    if not hp.ve_enabled:
-        return []
-    layers = hp.ve_layers
-    return [int(i) for i in layers.split(",")] if isinstance(layers, str) else list(layers)
 
 
 def _attention(state, hp, layer, a, value_embedding, first_value, eps):
@@ -172,9 +143,8 @@ def _attention(state, hp, layer, a, value_embedding, first_value, eps):
     q = a @ state[name + "c_q.weight"].T
     k = a @ state[name + "c_k.weight"].T
     v = a @ state[name + "c_v.weight"].T
-    ve_layers = _ve_layers(hp)
-    if layer in ve_layers:
-        v = v + value_embedding * state[f"ve_layer_scales.{ve_layers.index(layer)}"]
+    if hp.ve_enabled and layer in hp.ve_layers:
+        v = v + value_embedding * state[f"ve_layer_scales.{hp.ve_layers.index(layer)}"]
     raw_v = v
     if hp.value_residual and layer > 0:
         lam = state[name + "vr_lambda"]
@@ -225,7 +195,7 @@ def _embed(state, hp, ids, eps):
 def _sequence_logits(state, hp, ids, eps):
     x = x0 = _embed(state, hp, ids, eps)
     value_embedding = None
-    if _ve_layers(hp):
+    if hp.ve_enabled:
         rows = state["ve_shared.embed.weight"][ids]
         value_embedding = rows @ state["ve_shared.proj.weight"].T * state["ve_shared.scale"]
     encoder = hp.num_layers // 2
@@ -259,14 +229,17 @@ def reference_logits(state_dict, hp, tokens, eps=EPS64):
     return torch.stack([_sequence_logits(state, hp, ids, eps) for ids in rows])
 
 
+def reference_cross_entropy(logits, targets):
+    """Mean in nats; logits (B, T, V), targets (B, T)."""
+    total = 0.0
+    for z, target in zip(logits.flatten(0, 1), torch.as_tensor(targets).flatten().tolist(), strict=True):
+        total = total + z.max() + torch.log(torch.exp(z - z.max()).sum()) - z[target]
+    return total / torch.as_tensor(targets).numel()
+
+
 def reference_loss(state_dict, hp, tokens, targets, eps=EPS64):
     """Mean cross-entropy in nats."""
-    logits = reference_logits(state_dict, hp, tokens, eps)
-    total = 0.0
-    for row, wanted in zip(logits, torch.as_tensor(targets).tolist(), strict=True):
-        for z, target in zip(row, wanted, strict=True):
-            total = total + z.max() + torch.log(torch.exp(z - z.max()).sum()) - z[target]
-    return total / torch.as_tensor(targets).numel()
+    return reference_cross_entropy(reference_logits(state_dict, hp, tokens, eps), targets)
 
 
 # ----------------------------------------------------------------------------------------------------------

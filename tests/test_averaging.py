@@ -45,7 +45,7 @@ def test_ema_moves_by_less_than_bfloat16_can_hold():
 def test_averages_are_copies():
     """Optimisers write weights in place; neither the start nor an update may follow them, nor be written."""
     weight = torch.ones(4)
-    ema, swa = tg.EMA(weight, 0.5), tg.SWA()
+    ema, swa = tg.EMA(weight, 0.5), tg.SWA(weight)
     ema.update(weight)
     swa.update(weight)
     weight.mul_(100)
@@ -59,7 +59,7 @@ def test_averages_are_copies():
 @pytest.mark.parametrize("count", [1, 2, 14, 60])
 def test_swa_equals_the_mean(count):
     values = walk()[1 : count + 1]
-    swa = tg.SWA()
+    swa = tg.SWA(torch.full((5, 3), 99.0))  # no snapshot is taken of what it is made with
     assert swa.count == 0
     for i, value in enumerate(values):
         swa.update(value)
@@ -70,16 +70,29 @@ def test_swa_equals_the_mean(count):
 
 def test_swa_of_bfloat16_weights_is_float32():
     """A sum of 400 ones plus small differences kept in bfloat16 would stop at 256."""
-    swa = tg.SWA()
+    weights = torch.full((8,), 1.0078125, dtype=torch.bfloat16)
+    swa = tg.SWA(weights)
     for _ in range(400):
-        swa.update(torch.full((8,), 1.0078125, dtype=torch.bfloat16))
+        swa.update(weights)
     assert swa.average.dtype == torch.float32
     torch.testing.assert_close(swa.average, torch.full((8,), 1.0078125), rtol=1e-5, atol=0)
 
 
 def test_averages_of_trained_parameters_carry_no_gradient():
     parameter = torch.nn.Parameter(torch.ones(3))
-    ema, swa = tg.EMA(parameter, 0.9), tg.SWA()
+    ema, swa = tg.EMA(parameter, 0.9), tg.SWA(parameter)
     ema.update(parameter)
     swa.update(parameter)
     assert not ema.average.requires_grad and not swa.average.requires_grad
+
+
+@pytest.mark.parametrize("make", [lambda tensor: tg.EMA(tensor, 0.9), tg.SWA], ids=["ema", "swa"])
+def test_an_average_goes_on_from_its_state(make):
+    values = walk(20)
+    whole, first, second = make(values[0]), make(values[0]), make(torch.zeros(5, 3))
+    for i, value in enumerate(values[1:]):
+        whole.update(value)
+        (first if i < 7 else second).update(value)
+        if i == 6:
+            second.load_state_dict(first.state_dict())
+    assert torch.equal(second.average, whole.average) and not torch.equal(first.average, whole.average)

@@ -1,4 +1,6 @@
-"""tests/benchmark.py: its baselines compute what the script computes, its figures are what they say."""
+"""records/benchmark.py: its baselines compute what the script computes, its figures are what they say."""
+
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, random_model
 
 import train_gpt as tg
 
@@ -17,16 +19,20 @@ TINY = {
     "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "8",
     "MLP_MULT": "2", "XSA_LAST_N": "1", "VOCAB_SIZE": "128", "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "16",
     "VE_DIM": "16", "VE_LAYERS": "1", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "256",
-    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "VAL_BATCH_SIZE": "256", "TTT_CHUNK_TOKENS": "128",
-    "TTT_BATCH_SEQS": "2", "GPTQ_CALIB_SEQUENCES": "4"}
+    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "TTT_CHUNK_TOKENS": "128", "TTT_BATCH_SEQS": "2",
+    "GPTQ_CALIB_SEQUENCES": "4",
+}  # fmt: skip
 WITHOUT_VE = {key: value for key, value in TINY.items() if not key.startswith("VE_")}
-ROW = {"name", "median_s", "min_s", "max_s", "repeats", "first_s", "extrapolated_times", "tokens_per_s",
-       "tflops", "matrix_share", "peak_memory_bytes", "ratio", "remark"}
+ROW = set(
+    "name median_s min_s max_s repeats first_s extrapolated_times tokens_per_s tflops matrix_share "
+    "peak_memory_bytes ratio remark".split()
+)
 
 
 @pytest.fixture(autouse=True)
-def small_matrix_rate(monkeypatch):
-    """A known rate: the large product alone takes a second."""
+def small(monkeypatch):
+    """Scoring batches of 256 tokens, and a known matrix rate: the large product alone takes a second."""
+    monkeypatch.setitem(tg.TUNING, "cpu", dataclasses.replace(tg.TUNING["cpu"], scoring=256 * 64))
     monkeypatch.setattr(benchmark, "matrix_rate", lambda device, dtype: 0.5)
 
 
@@ -59,14 +65,8 @@ def check_rows(report: dict) -> dict[str, dict]:
 def models(preset: str, settings: dict[str, str]) -> tuple[tg.Hyperparameters, tg.World, tg.GPT]:
     """A tiny model of a preset with every parameter random."""
     hp = tg.Hyperparameters.from_env({"PRESET": preset, "DEVICE": "cpu"} | settings)
-    torch.manual_seed(3)
-    model = tg.GPT(hp)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
     world = tg.World(hp, {})
-    tg.choose_attention(hp, model, world)
-    return hp, world, model
+    return hp, world, random_model(hp, seed=3, spread=0.3).use(tg.choose_attention(hp, world)[1])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 1e-3)])
@@ -98,11 +98,11 @@ def test_a_baseline_that_computes_something_else_is_refused(capsys, monkeypatch,
 
 
 def test_a_plain_step_moves_the_weights_as_the_scripts_does():
-    """Two steps: the same clipping, learning rates and decays; Muon's signs and sizes, within bf16."""
+    """Two steps: the same clipping, learning rates, decays and momentum, within the bf16 of torch's Muon."""
     hp, world, model = models("smoke", TINY | {"DTYPE": "fp32"})
     tokens = np.random.default_rng(0).integers(hp.vocab_size, size=2000).astype(np.uint16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    plain = benchmark.PlainTrainer(hp, world, before)
+    plain = benchmark.PlainTrainer(model, world)
     stepper = tg.Stepper(hp, model, tg.TokenStream([tokens]), world, False)
     stream = tg.TokenStream([tokens])
     for _ in range(2):
@@ -114,7 +114,7 @@ def test_a_plain_step_moves_the_weights_as_the_scripts_does():
             assert name == "blocks.0.attn.vr_lambda"
             continue
         ours, theirs = p.detach() - before[name], plain.model.w[name].detach() - before[name]
-        assert (ours - theirs).norm() <= 0.1 * theirs.norm(), name
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm(), name
 
 
 def test_the_plain_column_loop_is_gptq():
@@ -152,8 +152,12 @@ def test_measure_alternates_and_counts(tmp_path, monkeypatch):
     bench = benchmark.Bench("train", args, hp, tg.World(hp, {}))
     lengths = {"a": iter([9.0, 2.0, 1.0, 4.0]), "b": iter([8.0, 3.0, 3.0, 3.0])}
     call = lambda name: lambda: (calls.append(name), next(lengths[name]))[1]
-    a, b = bench.measure({"a": benchmark.Work(call("a"), tokens=100, flops=1e12),
-                          "b": benchmark.Work(call("b"), tokens=10, times=4)})
+    a, b = bench.measure(
+        {
+            "a": benchmark.Work(call("a"), tokens=100, flops=1e12),
+            "b": benchmark.Work(call("b"), tokens=10, times=4),
+        }
+    )
     assert "".join(calls) == "ab" + "abbaab"
     assert (a["first_s"], a["min_s"], a["median_s"], a["max_s"]) == (9.0, 1.0, 2.0, 4.0)
     assert (a["tokens_per_s"], a["tflops"], a["matrix_share"], a["ratio"]) == (50.0, 0.5, 1.0, None)
@@ -226,13 +230,16 @@ def test_train(tmp_path, capsys):
     assert report["dtype"] == "bfloat16" and report["changed"]["num_layers"] == 2
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("muon", {"Muon", "torch.optim.Muon"}),
-    ("qat", {"step without QAT", "step with QAT"}),
-    ("eval", {"side by side", "side by side, plain", "sliding", "sliding, plain"}),
-    ("ttt", {"score a chunk", "train on a chunk"}),
-    ("pack", {"pack", "plain zstd -22", "unpack"}),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("muon", {"Muon", "torch.optim.Muon"}),
+        ("qat", {"step without QAT", "step with QAT"}),
+        ("eval", {"side by side", "side by side, plain", "sliding", "sliding, plain"}),
+        ("ttt", {"score a chunk", "train on a chunk"}),
+        ("pack", {"pack", "plain zstd -22", "unpack"}),
+    ],
+)
 def test_subcommand(tmp_path, name, expected):
     report = run(tmp_path, name, "--versus", "--preset", "smoke")
     assert set(check_rows(report)) == expected and report["subcommand"] == name
@@ -258,6 +265,7 @@ def test_data(tmp_path, corpus, capsys):
     assert "skipped, no tokenizer nowhere.model" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_launch_to_first_step_ends_the_run_there(tmp_path):
     code = "import time; print('header'); time.sleep(0.3); print('step:1/9 x', flush=True); time.sleep(60)"
     assert 0.3 < benchmark.first_step_seconds([sys.executable, "-c", code], {}, str(tmp_path)) < 20
@@ -272,7 +280,7 @@ def test_all_is_one_table_and_one_file(tmp_path, capsys):
         assert check_rows(one)
     printed = capsys.readouterr().out
     assert printed.count("fastest..slowest") == 1 and printed.count("tokens/s") == 1
-    assert report["command"].startswith("python tests/benchmark.py all")
+    assert report["command"].startswith("python records/benchmark.py all")
 
 
 def test_full_presets_are_cut_on_a_cpu_and_only_there():
@@ -285,12 +293,18 @@ def test_full_presets_are_cut_on_a_cpu_and_only_there():
     assert benchmark.settings_for("train", args).preset == "smoke"
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ([], "subcommand"), (["banana"], "banana"), (["train", "--repeats", "0"], "positive"),
-    (["train", "--set", "NUM_LAYERS"], "NAME=VALUE"), (["train", "--set", "NUM_LAYERZ=3"], "NUM_LAYERS"),
-    (["train", "--set", "NUM_HEADS=3", "--set", "NUM_KV_HEADS=2"], "multiple"),
-    (["pack", "--json", "/dev/null/x.json"], "/dev/null"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "subcommand"),
+        (["banana"], "banana"),
+        (["train", "--repeats", "0"], "positive"),
+        (["train", "--set", "NUM_LAYERS"], "NAME=VALUE"),
+        (["train", "--set", "NUM_LAYERZ=3"], "NUM_LAYERS"),
+        (["train", "--set", "NUM_HEADS=3", "--set", "NUM_KV_HEADS=2"], "multiple"),
+        (["pack", "--json", "/dev/null/x.json"], "/dev/null"),
+    ],
+)
 def test_mistakes_are_one_line(capsys, arguments, said):
     assert benchmark.main(arguments) == 1
     printed = capsys.readouterr().err
@@ -304,7 +318,8 @@ def test_device_that_is_not_there(capsys, tmp_path):
     assert "CUDA" in capsys.readouterr().err
 
 
+@pytest.mark.whole
 def test_help_shows_examples():
-    command = [sys.executable, str(ROOT / "tests/benchmark.py"), "--help"]
+    command = [sys.executable, str(ROOT / "records/benchmark.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "examples:\n    python tests/benchmark.py train" in done.stdout
+    assert done.returncode == 0 and "examples:\n    python records/benchmark.py train" in done.stdout

@@ -7,13 +7,11 @@ import re
 import subprocess
 import sys
 
+import compare
 import pytest
+import runs as shared
 from conftest import ROOT
 from scipy import stats
-
-sys.path.insert(0, str(ROOT / "records"))
-import compare  # noqa: E402
-import runs as shared  # noqa: E402
 
 HARDWARE = "device:8x NVIDIA H100 80GB HBM3 threads:8 python:3.12.3 torch:2.13.0 numpy:2.4.6"
 TOKENS, BYTES = 1000, 2436
@@ -28,11 +26,14 @@ def write_run(folder, seed=1337, bpb=1.1, rows=(), **changes):
         "bpb": scores, "val_loss": {name: value * NATS for name, value in scores.items() if value},
         "proofs": {}, "budget": {}, "changed": {"seed": seed, "run_id": folder.name}, "hardware": HARDWARE,
         "script_sha256": "a" * 64,
-    } | changes
+    }  # fmt: skip
+    result |= changes
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
-    lines = [json.dumps({"event": "train", "step": step, "loss": loss, "lr_scale": 1.0, "seconds": seconds})
-             for step, loss, seconds in rows]
+    lines = [
+        json.dumps({"event": "train", "step": step, "loss": loss, "lr_scale": 1.0, "seconds": seconds})
+        for step, loss, seconds in rows
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -217,6 +218,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):
     assert status == 1 and err.startswith("error:") and len(err.splitlines()) == 1 and part in err
 
 
+@pytest.mark.whole
 def test_command_line_has_an_example():
     command = [sys.executable, str(ROOT / "records/compare.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -225,62 +227,113 @@ def test_command_line_has_an_example():
 
 STUB = """#!/usr/bin/env bash
 # Stands in for Python: notes each call, and leaves what a run leaves.
+env | grep -E '^(SEEDS|NPROC)=' >> calls
 case "$*" in
   "-c import matplotlib") [ "$HAS_MATPLOTLIB" = 1 ]; exit ;;
-  -c*) echo 1; exit ;;
-  -\\ *) cat >/dev/null; exit 0 ;;
+  "-c import torch"*) echo 1; exit ;;
+  -c*) exit 0 ;;
+  -\\ *) [ -z "${REAL:-}" ] && cat >/dev/null || exec "$REAL" "$@"; exit ;;
+  "-m venv"*) exit 1 ;;
   train_gpt.py*)
     mkdir -p "logs/$RUN_ID"
-    touch "logs/$RUN_ID/artifact.bin"
+    [ "${STAGES:-}" = train ] || touch "logs/$RUN_ID/artifact.bin"
     echo "train $SEED $RUN_ID" >> calls ;;
   *) echo "$*" >> calls ;;
 esac
-case "$*" in *report.py*) exit "${REPORT_STATUS:-0}" ;; esac
+case "$*" in *report.py*|*audit.py*|*sample.py*) exit "${EXTRA_STATUS:-0}" ;; esac
 """
 
 
-def run_sh(folder, *words, **env):
-    """run.sh in a folder of its own, with a stand-in for Python; what it called and the finished process."""
-    (folder / "run.sh").write_text((ROOT / "run.sh").read_text())
-    (folder / "stub").write_text(STUB)
-    (folder / "stub").chmod(0o755)
-    env = {"PATH": os.environ["PATH"], "PYTHON": str(folder / "stub"), "HAS_MATPLOTLIB": "1"} | env
-    done = subprocess.run(["bash", str(folder / "run.sh"), *words], env=env, capture_output=True, text=True)
-    calls = folder / "calls"
-    return calls.read_text().splitlines() if calls.exists() else [], done
+@pytest.fixture
+def run_sh(tmp_path):
+    """run.sh in a folder of its own, with a stand-in for Python: what it called, and the finished process."""
+
+    def run(*words, **env):
+        (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
+        (tmp_path / "stub").write_text(STUB)
+        (tmp_path / "stub").chmod(0o755)
+        (tmp_path / "calls").write_text("")
+        env = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "stub"), "HAS_MATPLOTLIB": "1"} | env
+        command = ["bash", str(tmp_path / "run.sh"), *words]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        return (tmp_path / "calls").read_text().splitlines(), done
+
+    return run
 
 
-def test_run_sh_runs_every_seed_then_compares(tmp_path):
-    calls, done = run_sh(tmp_path, "smoke", SEEDS="1337,42,7", RUN_ID="x")
-    folders = [f"logs/x-seed{seed}" for seed in (1337, 42, 7)]
+def programs(folder):
+    """What is called after a small run."""
+    audited = f"records/audit.py {folder}/artifact.bin --techniques"
+    reported = f"records/report.py {folder}"
+    return [f"records/summary.py {folder}", audited, reported, f"records/sample.py {folder} --tokens 80"]
+
+
+@pytest.mark.whole
+def test_run_sh_runs_every_seed_then_compares(run_sh):
+    """SEEDS and NPROC stay with run.sh: the script refuses them."""
+    calls, done = run_sh("smoke", SEEDS="1337,42,7", RUN_ID="x", NPROC="1")
     assert done.returncode == 0, done.stderr
-    trained = [call for call in calls if call.startswith("train")]
-    assert trained == [f"train {seed} x-seed{seed}" for seed in (1337, 42, 7)]
-    assert calls[-1] == f"records/compare.py {' '.join(folders)}"
-    for folder in folders:
-        after = calls[calls.index(f"train {folder.split('seed')[1]} {folder[5:]}") + 1 :][:3]
-        programs = [f"records/summary.py {folder}", f"records/report.py {folder}"]
-        assert after == [*programs, f"records/sample.py {folder} --tokens 80"]
+    wanted = [calls[0]]
+    for seed in (1337, 42, 7):
+        wanted += [f"train {seed} x-seed{seed}", *programs(f"logs/x-seed{seed}")]
+    assert calls == [*wanted, "records/compare.py logs/x-seed1337 logs/x-seed42 logs/x-seed7"]
+    assert calls[0] == "data/prepare.py sotu --vocab-size 4096"
 
 
-def test_run_sh_with_one_seed_neither_compares_nor_renames(tmp_path):
-    calls, done = run_sh(tmp_path, "smoke", RUN_ID="x", SEED="5")
-    assert done.returncode == 0 and "train 5 x" in calls and not any("compare" in call for call in calls)
-    assert run_sh(tmp_path, "smoke", SEEDS=",")[1].returncode == 1
+@pytest.mark.whole
+def test_run_sh_with_one_seed_neither_compares_nor_renames(run_sh):
+    calls, done = run_sh("smoke", RUN_ID="x", SEED="5")
+    assert done.returncode == 0 and calls[1:] == ["train 5 x", *programs("logs/x")]
+    assert run_sh("smoke", SEEDS=",")[1].returncode == 1
 
 
-def test_run_sh_survives_a_missing_or_failing_report(tmp_path):
-    calls, done = run_sh(tmp_path, "smoke", HAS_MATPLOTLIB="0", RUN_ID="x")
+@pytest.mark.whole
+def test_run_sh_without_an_artifact_speaks_of_none(run_sh):
+    calls, done = run_sh("smoke", RUN_ID="x", STAGES="train")
+    assert done.returncode == 0 and calls[2:] == ["records/summary.py logs/x", "records/report.py logs/x"]
+
+
+@pytest.mark.whole
+def test_run_sh_survives_what_comes_after_a_run(run_sh):
+    """matplotlib is missing, or the report, the audit and the sample fail."""
+    calls, done = run_sh("smoke", HAS_MATPLOTLIB="0", RUN_ID="x")
     lines = [line for line in done.stdout.splitlines() if "matplotlib" in line]
     assert done.returncode == 0 and not any("report" in call for call in calls)
     assert len(lines) == 1
     assert "-m pip install matplotlib" in lines[0] and "records/report.py logs/x" in lines[0]
-    assert run_sh(tmp_path, "smoke", REPORT_STATUS="1", RUN_ID="y")[1].returncode == 0
+    calls, done = run_sh("smoke", EXTRA_STATUS="1", RUN_ID="y")
+    assert done.returncode == 0 and calls[2:] == programs("logs/y")
 
 
-def test_run_sh_says_how_much_fineweb_is(tmp_path):
-    calls, done = run_sh(tmp_path, "pr606", TRAIN_SHARDS="10")
+@pytest.mark.whole
+def test_run_sh_says_how_much_fineweb_is_and_uses_several_processes(run_sh):
+    calls, done = run_sh("pr606", TRAIN_SHARDS="10", RUN_ID="x", NPROC="2")
     assert done.returncode == 0 and "about 2 GB to download" in done.stdout
-    assert "data/prepare.py fineweb --variant sp1024 --train-shards 10" in calls
-    assert not any("sample.py" in call for call in calls)
-    assert run_sh(tmp_path, "pr606", TRAIN_SHARDS="ten")[1].stderr.startswith("error: TRAIN_SHARDS=ten")
+    assert calls == [
+        "data/prepare.py fineweb --variant sp1024 --train-shards 10",
+        "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py",
+        "records/summary.py logs/x",
+        "records/report.py logs/x",
+    ]
+    assert run_sh("pr606", TRAIN_SHARDS="ten")[1].stderr.startswith("error: TRAIN_SHARDS=ten")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "words, marks", [(["test"], "not slow"), (["test", "quick"], "not slow and not whole")]
+)
+def test_run_sh_tests(run_sh, words, marks):
+    calls, done = run_sh(*words, SEEDS="1,2")
+    checks = ["-m ruff check .", "-m ruff format --check tests"]
+    assert done.returncode == 0 and calls == [*checks, f"-m pytest -q -m {marks} --durations=10 tests"]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("version, taken", [("2.12.1", False), ("2.13.0+cpu", True), ("3.0.0", True)])
+def test_run_sh_takes_a_python_whose_torch_is_new_enough(run_sh, tmp_path, version, taken):
+    (tmp_path / f"fake/torch-{version}.dist-info").mkdir(parents=True)
+    about = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    (tmp_path / f"fake/torch-{version}.dist-info/METADATA").write_text(about)
+    calls, done = run_sh("smoke", RUN_ID="x", REAL=sys.executable, PYTHONPATH=str(tmp_path / "fake"))
+    assert (done.returncode == 0) == taken == ("train 1337 x" in calls)
+    assert taken or "cannot make .venv" in done.stderr

@@ -1,12 +1,16 @@
-"""Shards, the order of training tokens, and the checks before the first step."""
+"""Shards, the order of training tokens, bytes, and the checks before the first step."""
 
 import itertools
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import write_shard
+from reference import reference_bytes
 
 import train_gpt as tg
 
@@ -47,17 +51,18 @@ def damaged(tokens=(1, 2, 3), words=(), cut=None, extra=b""):
     return (header.tobytes() + np.asarray(tokens, "<u2").tobytes())[:cut] + extra
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\0" * 1023, damaged(cut=1023), damaged(words=[(0, 20240521)]), damaged(words=[(1, 2)]),
-    damaged(words=[(0, 0), (1, 0)]), damaged(cut=-1), damaged(cut=-2), damaged(cut=1024),
-    damaged(extra=b"\0"),
-    damaged(extra=b"\0\0"), damaged(words=[(2, 2)]), damaged(words=[(2, 4)]), damaged(words=[(2, -3)]),
-    damaged(tokens=()), damaged(words=[(2, 2**31 - 1)]), b"<html>404 not found</html>" * 100],
-    ids=["empty", "zeros", "header cut", "magic", "version", "blank header", "half a token short",
-    "a token short",
-         "no tokens", "half a token long", "a token long", "count low", "count high", "count negative",
-         "count zero",
-         "count huge", "web page"])
+DAMAGED = {
+    "empty": b"", "zeros": b"\0" * 1023, "header cut": damaged(cut=1023), "no tokens": damaged(cut=1024),
+    "magic": damaged(words=[(0, 20240521)]), "version": damaged(words=[(1, 2)]),
+    "blank header": damaged(words=[(0, 0), (1, 0)]), "half a token short": damaged(cut=-1),
+    "a token short": damaged(cut=-2), "half a token long": damaged(extra=b"\0"),
+    "a token long": damaged(extra=b"\0\0"), "count low": damaged(words=[(2, 2)]),
+    "count high": damaged(words=[(2, 4)]), "count negative": damaged(words=[(2, -3)]),
+    "count zero": damaged(tokens=()), "count huge": damaged(words=[(2, 2**31 - 1)]),
+    "web page": b"<html>404 not found</html>" * 100}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_shards_are_refused(tmp_path, content):
     path = tmp_path / "fineweb_train_000000.bin"
     path.write_bytes(content)
@@ -107,10 +112,8 @@ def test_ids_beyond_the_vocabulary_are_refused(size):
 
 
 def endless(shards):
-    """Every training token, over and over, as the submissions read them; the held-out tail is left out."""
-    held = min(131072, len(shards[-1]) // 100)
-    text = [int(t) for shard in shards for t in shard]
-    return itertools.cycle(text[: len(text) - held])
+    """Every training token, over and over, as the submissions read them."""
+    return itertools.cycle([int(t) for shard in shards for t in shard])
 
 
 def plain_step(source, batch_tokens, seq_len):
@@ -120,13 +123,14 @@ def plain_step(source, batch_tokens, seq_len):
     for _ in range(spans):
         span = list(itertools.islice(source, batch_tokens // spans + 1))
         for at in range(0, len(span) - 1, seq_len):
-            rows.append(span[at: at + seq_len + 1])
+            rows.append(span[at : at + seq_len + 1])
     return rows
 
 
 @pytest.mark.parametrize("sizes", [(1000,), (500, 300, 700), (50, 3000, 20, 1), (90,), (37, 61)])
-@pytest.mark.parametrize(("batch_tokens", "seq_len"), [(256, 16), (256, 32), (256, 64), (240, 16), (96, 96),
-    (8, 1)])
+@pytest.mark.parametrize(
+    ("batch_tokens", "seq_len"), [(256, 16), (256, 32), (256, 64), (240, 16), (96, 96), (8, 1)]
+)
 def test_steps_are_read_straight_through(sizes, batch_tokens, seq_len):
     """Across ends of shards, of the epoch, and of shards shorter than a span."""
     shards = shards_of(*sizes)
@@ -143,8 +147,8 @@ def test_spans_by_hand():
     rows = stream.step(32, 2)
     assert rows.tolist()[:4] == [[0, 1, 2], [2, 3, 4], [5, 6, 7], [7, 8, 9]]
     assert rows[-1].tolist() == [37, 38, 39] and stream.position == 40
-    assert tg.TokenStream([np.arange(99, dtype=np.uint16)]).step(12, 4).tolist() == [
-        [0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
+    rows = tg.TokenStream([np.arange(99, dtype=np.uint16)]).step(12, 4)
+    assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
 
 
 @pytest.mark.parametrize("counts", [[7] * 40, [1] * 30, [250, 1, 600], [100, 100], [99]])
@@ -165,19 +169,10 @@ def test_a_position_is_all_there_is_to_resume():
     assert np.array_equal(first.step(64, 8), second.step(64, 8))
 
 
-@pytest.mark.parametrize(("sizes", "held"), [((99,), 0), ((100,), 1), ((5000, 250), 2),
-    ((20_000_000,), 131072)])
-def test_the_held_out_tail_is_never_trained_on(sizes, held):
-    shards = [np.arange(size, dtype=np.uint32).astype(np.uint16) for size in sizes]
+def test_every_token_of_every_shard_is_trained_on():
+    shards = [np.full(size, size, dtype=np.uint16) for size in (5000, 250, 1)]
     stream = tg.TokenStream(shards)
-    assert len(stream.held_out) == held and stream.total == sum(sizes) - held
-    assert np.array_equal(stream.held_out, shards[-1][len(shards[-1]) - held:])
-    if stream.total < 10000:
-        marked = [np.zeros(size, np.uint16) for size in sizes]
-        marked[-1][sizes[-1] - held:] = 7
-        stream = tg.TokenStream(marked)
-        assert not stream.take(3 * stream.total).any() and not stream.sample(200, 16, 0).any()
-        assert set(stream.held_out.tolist()) <= {7}
+    assert stream.total == 5251 and np.array_equal(stream.take(5251), np.concatenate(shards))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -188,20 +183,20 @@ def test_ranks_share_a_step_whatever_their_number(size, batch_tokens, seq_len):
     dealt, shares = [], []
     for world in ranks(size):
         rows, own = tg.TokenStream(shards).step(batch_tokens, seq_len), world.shard(batch_tokens // seq_len)
-        dealt += rows[own.start: own.stop].tolist()
+        dealt += rows[own.start : own.stop].tolist()
         shares.append(len(own))
     assert dealt == whole == plain_step(endless(shards), batch_tokens, seq_len)
     assert max(shares) - min(shares) <= 1
 
 
 def test_samples_are_pieces_of_the_training_text():
-    shards = [np.arange(low, low + size, dtype=np.uint16) for low, size in ((0, 400), (1000, 30),
-        (2000, 800))]
+    places = ((0, 400), (1000, 30), (2000, 800))
+    shards = [np.arange(low, low + size, dtype=np.uint16) for low, size in places]
     stream = tg.TokenStream(shards)
     rows = stream.sample(300, 50, seed=3)
     assert rows.shape == (300, 50) and rows.dtype == np.int64 and stream.position == 0
     assert (np.diff(rows, axis=1) == 1).all()  # never across two shards
-    assert (rows[:, -1] < 2792).all()  # nor in the held-out tail
+    assert rows.max() <= 2799
     share = (rows[:, 0] < 1000).mean()
     assert 0.2 < share < 0.47  # a third
     assert not ((rows >= 1000) & (rows < 2000)).any()  # the short shard is passed over
@@ -225,12 +220,140 @@ def test_the_only_sample_there_is():
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Bytes
+# ----------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Über den Wolken; déjà vu, naïve façade, smørrebrød.",
+    "日本語のテキスト。 한국어 텍스트. Текст по-русски. نص عربي.",
+    "emoji 🙂🚀👩‍👩‍👧 and symbols ∑ ∂ ≠ ½",
+    "  several   blanks and\nnewlines\tand tabs  ",
+    "numbers 1234567890, code x_1 = f(y[2]);",
+    " leading blank",
+    "▁ a lower block ▁▁ in the text",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def sp(corpus):
+    """A small tokenizer made as the challenge makes its own."""
+    return tg.load_tokenizer(corpus["TOKENIZER_PATH"], 512)
+
+
+def expected_bytes(sp, previous, target):
+    return [reference_bytes(sp, p, t) for p, t in zip(previous, target, strict=True)]
+
+
+def test_every_pair_of_tokens_counts_its_bytes(sp):
+    """All targets after all kinds of previous tokens, byte, control, unknown and blank pieces among them."""
+    size = sp.get_piece_size()
+    table = tg.ByteTable(sp)
+    leading = [i for i in range(size) if sp.id_to_piece(i).startswith("▁")]
+    assert sp.is_byte(4) and sp.is_byte(259) and sp.is_unknown(3) and sp.is_control(1) and len(leading) > 20
+    for previous in [0, 1, 2, 3, 4, 200, 259, leading[0], leading[-1], *range(260, size)]:
+        count = table.count(torch.full((size,), previous), torch.arange(size))
+        assert not count.is_floating_point()
+        assert count.tolist() == expected_bytes(sp, [previous] * size, range(size)), previous
+
+
+def test_bytes_keep_their_shape(sp):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, sp.get_piece_size(), (3, 50), generator=generator)
+    count = tg.ByteTable(sp).count(tokens[:, :-1], tokens[:, 1:])
+    assert count.shape == (3, 49)
+    for row, got in zip(tokens.tolist(), count.tolist(), strict=True):
+        assert got == expected_bytes(sp, row[:-1], row[1:])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_a_document_are_those_of_its_decoded_text(sp, text):
+    """BOS and ids, as documents are stored; a blank right after BOS is the one byte that is not charged."""
+    ids = sp.encode(text)
+    tokens = torch.tensor([1, *ids])
+    total = int(tg.ByteTable(sp).count(tokens[:-1], tokens[1:]).sum())
+    missing = 1 if ids and sp.id_to_piece(ids[0]).startswith("▁") else 0
+    assert total == len(sp.decode(ids).encode()) - missing
+    assert total == sum(expected_bytes(sp, [1, *ids][:-1], ids))
+
+
+def test_byte_fallback_counts_single_bytes(sp):
+    """An emoji is four byte pieces of one byte, not four times the three letters of an unknown mark."""
+    ids = sp.encode("🚀")
+    byte_ids = [i for i in ids if sp.is_byte(i)]
+    assert len(byte_ids) == 4
+    count = tg.ByteTable(sp).count(torch.tensor([260] * 4), torch.tensor(byte_ids))
+    assert count.tolist() == [1, 1, 1, 1]
+
+
+def test_bos_counts_nothing_and_is_a_boundary(sp):
+    blank = sp.piece_to_id("▁the")
+    count = tg.ByteTable(sp).count(torch.tensor([260, 1, 260, 3]), torch.tensor([1, blank, blank, blank]))
+    assert count.tolist() == [0, 3, 4, 3]
+
+
+def edited(sp, piece, fields):
+    """A copy of a tokenizer with fields appended to one piece's message: the last value of a field counts.
+
+    A model file opens with its pieces, each a tag (0x0a), a length and a message; field 1 is text, 3 is type.
+    """
+    proto, at = sp.serialized_model_proto(), 0
+    for _ in range(sp.piece_to_id(piece)):
+        assert proto[at] == 0x0A and proto[at + 1] < 0x80
+        at += 2 + proto[at + 1]
+    length = proto[at + 1]
+    message = proto[at + 2 : at + 2 + length] + fields
+    changed = sentencepiece.SentencePieceProcessor()
+    changed.load_from_serialized_proto(
+        proto[:at] + bytes([0x0A, len(message)]) + message + proto[at + 2 + length :]
+    )
+    return changed
+
+
+def test_unused_pieces_count_nothing_and_are_boundaries(sp):
+    marked = edited(sp, "▁and", bytes([0x18, 5]))
+    unused, blank = sp.piece_to_id("▁and"), sp.piece_to_id("▁the")
+    assert marked.is_unused(unused) and not sp.is_unused(unused) and not marked.is_unused(blank)
+    previous, target = torch.tensor([unused, blank]), torch.tensor([blank, unused])
+    assert tg.ByteTable(marked).count(previous, target).tolist() == [3, 0]
+    assert tg.ByteTable(sp).count(previous, target).tolist() == [4, 4]
+    assert expected_bytes(marked, previous.tolist(), target.tolist()) == [3, 0]
+
+
+def test_only_one_leading_blank_is_taken_off(sp):
+    text = "▁▁an".encode()
+    doubled = edited(sp, "▁and", bytes([0x0A, len(text)]) + text)
+    token = sp.piece_to_id("▁and")
+    assert doubled.id_to_piece(token) == "▁▁an"
+    count = tg.ByteTable(doubled).count(torch.tensor([260, 1]), torch.tensor([token, token]))
+    assert count.tolist() == [6, 5]
+
+
+def test_a_nat_in_bits_per_byte():
+    """Three tokens of four bytes at a loss of ln 2 each are three bits: 0.75 a byte."""
+    counts = torch.tensor([4, 0, 0], dtype=torch.uint8)
+    assert tg.bpb_per_nat(counts) * math.log(2) == pytest.approx(0.75)
+    many = torch.full((1000,), 255, dtype=torch.uint8)  # whose sum is no uint8
+    assert tg.bpb_per_nat(many) * math.log(2) == pytest.approx(1 / 255)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Validation and tokenizer
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sizes", "seq_len", "kept"), [
-    ((17,), 16, 17), ((18,), 16, 17), ((32,), 16, 17), ((33,), 16, 33), ((10, 10, 13), 16, 33), ((2,), 1, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "seq_len", "kept"),
+    [
+        ((17,), 16, 17),
+        ((18,), 16, 17),
+        ((32,), 16, 17),
+        ((33,), 16, 33),
+        ((10, 10, 13), 16, 33),
+        ((2,), 1, 2),
+    ],
+)
 def test_validation_is_cut_to_whole_sequences_and_a_token(tmp_path, sizes, seq_len, kept):
     shards = shards_of(*sizes)
     for i, shard in enumerate(shards):
@@ -261,9 +384,8 @@ def test_tokenizers_are_checked(corpus, tmp_path):
 
 
 @pytest.fixture
-def checked(corpus):
-    processor = tg.load_tokenizer(corpus["TOKENIZER_PATH"], 512)
-    return tg.ByteTable(processor), processor, tg.validation_tokens(corpus["DATA_PATH"], 64)
+def checked(corpus, sp):
+    return tg.ByteTable(sp), sp, tg.validation_tokens(corpus["DATA_PATH"], 64)
 
 
 def test_the_right_table_passes(checked):
@@ -273,51 +395,41 @@ def test_the_right_table_passes(checked):
     tg.check_byte_table(table, processor, tokens[:200])
 
 
-def count_spaces_twice(table):
-    table.bytes += table.space
+WRONG = {
+    "spaces twice": lambda table: np.add(table.bytes, table.space, out=table.bytes),
+    "byte pieces as their names": lambda table: table.bytes[4:260].fill(6),
+    "all are boundaries": lambda table: table.boundary.fill(True),
+    "no spaces": lambda table: table.space.fill(False),
+    "frequent pieces": lambda table: table.bytes.__setitem__(table.bytes == 1, 2),
+}
 
 
-def count_byte_pieces_as_their_names(table):
-    table.bytes[4:260] = 6
-
-
-def count_bos(table):
-    table.bytes[1] = 3
-
-
-def forget_boundaries(table):
-    table.boundary[:] = True
-
-
-def forget_spaces(table):
-    table.space[:] = False
-
-
-def one_frequent_piece(table):
-    table.bytes[table.bytes == 1] = 2
-
-
-@pytest.mark.parametrize("wrong", [
-    count_spaces_twice, count_byte_pieces_as_their_names, forget_boundaries, forget_spaces,
-    one_frequent_piece])
-def test_wrong_tables_are_caught(checked, wrong):
+@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
+def test_wrong_tables_are_caught(checked, spoil):
     table, processor, tokens = checked
-    wrong(table)
+    spoil(table)
     with pytest.raises(tg.UserError, match=r"\d+ bytes.*\d+"):
         tg.check_byte_table(table, processor, tokens)
 
 
 def test_the_table_of_another_tokenizer_is_caught(checked, tmp_path):
     """Of the same size and even of the same pieces in another order."""
-    import sentencepiece
-
     _, processor, tokens = checked
     text = processor.decode(tokens[1:].tolist())[::-1]
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(text[at: at + 80] for at in range(0, len(text), 80)),
-        model_prefix=str(tmp_path / "other"), vocab_size=512, model_type="bpe", byte_fallback=True,
-        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, minloglevel=2)
+        sentence_iterator=iter(text[at : at + 80] for at in range(0, len(text), 80)),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
     other = tg.load_tokenizer(str(tmp_path / "other.model"), 512)
     with pytest.raises(tg.UserError, match="do not belong together"):
         tg.check_byte_table(tg.ByteTable(other), processor, tokens)
@@ -331,3 +443,38 @@ def test_a_long_document_may_be_cut_inside_a_character(checked):
     for shift in range(4):
         document = [1, *(word[:1] * shift), *hieroglyph * 3000]
         tg.check_byte_table(table, processor, torch.tensor(document, dtype=torch.int32))
+
+
+def validation_of(corpus, **changes):
+    hp = tg.Hyperparameters.from_env(
+        corpus | {"PRESET": "smoke", "DEVICE": "cpu", "EVAL_SEQ_LEN": "64"} | changes
+    )
+    return tg.Validation.load(hp, tg.World(hp, {}))
+
+
+def test_validation_carries_the_bytes_of_its_targets(corpus, checked):
+    table, _, tokens = checked
+    found = validation_of(corpus)
+    assert torch.equal(found.tokens, tokens) and len(found.byte_counts) == len(tokens) - 1
+    assert torch.equal(found.byte_counts.int(), table.count(tokens[:-1], tokens[1:]))
+    assert found.bytes == int(found.byte_counts.double().sum()) > 255
+    assert np.array_equal(found.table.bytes, table.bytes) and found.corpus == Path(corpus["DATA_PATH"]).name
+
+
+def test_validation_is_checked_and_named_by_its_folder(corpus, tmp_path):
+    """meta.json beside the shards says what the text is; an id beyond the vocabulary is refused."""
+    text = tg.read_split(corpus["DATA_PATH"], "val")[0]
+    write_shard(tmp_path / "fineweb_val_000000.bin", text)
+    (tmp_path / "meta.json").write_text(json.dumps({"corpus": "pydoc"}))
+    assert validation_of(corpus, DATA_PATH=str(tmp_path)).corpus == "pydoc"
+    write_shard(tmp_path / "fineweb_val_000000.bin", [*text, 512])
+    with pytest.raises(tg.UserError, match="512.*VOCAB_SIZE"):
+        validation_of(corpus, DATA_PATH=str(tmp_path))
+
+
+def test_a_nat_of_the_training_text_in_bits_per_byte(corpus, checked):
+    shards, table = tg.read_split(corpus["DATA_PATH"], "train"), checked[0]
+    sample = torch.from_numpy(shards[0].astype(np.int64))
+    charged = int(table.count(sample[:-1], sample[1:]).sum())
+    expected = (len(sample) - 1) / charged / math.log(2)
+    assert tg.TokenStream(shards).bpb_per_nat(table) == pytest.approx(expected, rel=1e-12)

@@ -70,6 +70,7 @@ def test_error_is_about_half_of_plain_rounding(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("max_code", [7, 15, 31])
 def test_equals_the_reference_on_the_same_scales(shape, max_code):
+    """Columns in descending order: the largest inputs while there are columns left to correct them."""
     weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
     scales = absmax_scales(weight, max_code)
     quantised = tg.gptq(weight, hessian, max_code=max_code, scales=scales)
@@ -80,16 +81,8 @@ def test_equals_the_reference_on_the_same_scales(shape, max_code):
     assert solved_error(weight, hessian, quantised) == pytest.approx(expected, rel=0.02)
     assert expected <= 0.55 * plain_error(weight, hessian, scales, max_code)
     assert agreement(quantised, codes) > 0.99
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_columns_go_in_descending_order(shape):
-    """The largest inputs are rounded first, while there are columns left to correct them."""
-    weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
-    scales = absmax_scales(weight)
-    quantised = tg.gptq(weight, hessian, max_code=15, scales=scales)
-    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15)) > 0.99
-    assert agreement(quantised, reference_gptq(weight, hessian, scales, 15, descending=False)) < 0.9
+    if max_code == 15:
+        assert agreement(quantised, reference_gptq(weight, hessian, scales, max_code, descending=False)) < 0.9
 
 
 def test_columns_come_back_in_their_places():

@@ -79,6 +79,7 @@ def test_round_to_grid_by_hand():
     weight = torch.tensor([[0.0, 0.26, -0.74, 0.76, 9.0, -9.0], [10.0, -14.9, 15.1, 24.9, 25.1, -1000.0]])
     quantised = tg.round_to_grid(weight, torch.tensor([0.5, 10.0]), max_code=3)
     assert quantised.codes.tolist() == [[0, 1, -1, 2, 3, -3], [1, -1, 2, 2, 3, -3]]
+    assert (quantised.max_code, quantised.role) == (3, "")
     assert quantised.dequantize().tolist() == [[0.0, 0.5, -0.5, 1.0, 1.5, -1.5], [10, -10, 20, 20, 30, -30]]
 
 
@@ -97,6 +98,20 @@ def test_rounding_is_within_half_a_step(max_code):
     error = (quantised.dequantize() - weight).abs() / quantised.scales[:, None]
     assert float(error.max()) <= 0.5 + 1e-3 * max_code
     assert float(error.max()) > 0.45
+
+
+@pytest.mark.parametrize(("bits", "max_code"), [(2, 1), (5, 15), (6, 31), (8, 127)])
+def test_the_largest_code_of_a_symmetric_grid(bits, max_code):
+    assert tg.max_code_of(bits) == max_code
+
+
+def test_storable_scales_are_what_fp16_gives_back_and_never_zero():
+    scales = torch.cat((torch.logspace(-12, 4, 400), torch.zeros(1)))
+    stored = tg.storable(scales)
+    expected = np.maximum(scales.numpy().astype(np.float16).astype(np.float32), 2.0**-24)
+    assert np.array_equal(stored.numpy(), expected) and torch.equal(tg.storable(stored), stored)
+    assert (stored > 0).all() and torch.equal(stored.half().float(), stored)
+    assert (stored != scales).float().mean() > 0.9
 
 
 def test_zero_rows():

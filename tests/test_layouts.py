@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -11,27 +12,35 @@ from conftest import ROOT
 
 import train_gpt as tg
 
-sys.path.insert(0, str(ROOT / "records"))
-import layouts  # noqa: E402
-
 CODES = np.array([[0, -1, 1, -2], [2, -15, 15, 0]], np.int8)
 
 
-def some_tensors(seed=0):
+TENSORS = [
+    ("c_q", "attn", 60, 31),
+    ("fc", "mlp", 90, 15),
+    ("proj", "mlp", 90, 15),
+    ("tok_emb", "embed", 80, 127),
+]
+
+
+def some_tensors():
     """Matrices of two roles and a table, Gaussian."""
-    g, tensors = torch.Generator().manual_seed(seed), {}
-    for name, rows, max_code in (("blocks.0.attn.c_q.weight", 60, 31), ("blocks.0.mlp.fc.weight", 90, 15),
-                                 ("blocks.1.mlp.fc.weight", 90, 15), ("tok_emb.weight", 80, 127)):
+    g, tensors = torch.Generator().manual_seed(0), {}
+    for name, role, rows, max_code in TENSORS:
         codes = (torch.randn(rows, 50, generator=g) * max_code / 5).round().clamp(-max_code, max_code)
-        tensors[name] = tg.QuantizedTensor(codes.to(torch.int8), torch.ones(rows), max_code)
+        tensors[name] = tg.QuantizedTensor(codes.to(torch.int8), torch.ones(rows), max_code, role)
     return tensors
+
+
+def cells_of(text):
+    """The cells of each layout's row."""
+    lines = [line for line in text.splitlines() if " | " in line]
+    return {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines[1:])}
 
 
 @pytest.fixture(scope="module")
 def table():
-    """The cells of each layout's row."""
-    lines = [line for line in layouts.table(some_tensors()).splitlines() if " | " in line]
-    return {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines[1:])}
+    return cells_of(layouts.table(some_tensors()))
 
 
 def size(cell):
@@ -63,17 +72,18 @@ def test_every_layout_holds_every_code():
 def test_columns_first_and_the_number_of_frames():
     tensors, base = some_tensors(), next(layouts.layouts())
     ways = {layout.name: layout for layout in layouts.layouts()}
-    counts = {name: len(ways[name].frames(tensors)) for name in
-              (base.name, "one frame", "a frame per width", "a frame per tensor")}
+    counts = {
+        name: len(ways[name].frames(tensors))
+        for name in (base.name, "one frame", "a frame per width", "a frame per tensor")
+    }
     assert list(counts.values()) == [3, 1, 3, 4]
     first = zstandard.decompress(ways["columns first"].frames(tensors)[0])
-    assert first == (tensors["blocks.0.attn.c_q.weight"].codes.mT + 31).contiguous().numpy().tobytes()
+    assert first == (tensors["c_q"].codes.mT + 31).contiguous().numpy().tobytes()
 
 
 def test_bold_is_what_the_file_holds(table):
     """At least one layout of each part is the script's, and costs what its file says."""
-    tensors = some_tensors()
-    report = tg.byte_report(tg.pack({}, tensors), tensors)
+    report = tg.byte_report(tg.pack({}, some_tensors()))
     for column, sections in ((0, ("attn.31", "mlp.15")), (1, ("embed.127",))):
         bold = [cells[column] for cells in table.values() if cells[column].startswith("**")]
         assert bold and {size(cell) for cell in bold} == {sum(report[key]["bytes"] for key in sections)}
@@ -103,17 +113,35 @@ def test_gaussian_codes_are_a_pr606_models(monkeypatch):
     preset = dict(tg.PRESETS["pr606"], num_layers=2, ve_layers=(0, 1), xsa_last_n=2)
     monkeypatch.setitem(tg.PRESETS, "pr606", preset)
     codes = layouts.gaussian_codes()
-    assert len(codes) == 12 and sum(q.codes.numel() for q in codes.values()) * 11 == 31_719_424 * 2
-    for q in codes.values():
+    assert sum(q.codes.numel() for q in codes.values()) * 11 == 31_719_424 * 2
+    assert {q.role for q in codes.values()} == {"attn", "mlp"}
+    for name, q in codes.items():
+        assert name.startswith(f"blocks.{'01'['.1.' in name]}.{q.role}.")
         assert q.max_code == 15 and float(q.codes.float().std()) == pytest.approx(2.86, abs=0.02)
 
 
-def test_the_command_line(tmp_path):
+def run(arguments, monkeypatch, capsys):
+    """The command line in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["layouts.py", *map(str, arguments)])
+    status = layouts.exit_status(layouts.program)
+    return status, *capsys.readouterr()
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys, table):
+    """A run's folder or its artifact; the same table, but for the seconds."""
     (tmp_path / "artifact.bin").write_bytes(tg.pack({}, some_tensors() | {"gain": torch.ones(3)}))
+    for place in (tmp_path, tmp_path / "artifact.bin"):
+        status, out, _ = run([place], monkeypatch, capsys)
+        assert status == 0 and out.startswith("| layout | matrices |") and "12,000 codes of matrices" in out
+        sizes = {name: cells[:2] for name, cells in cells_of(out).items()}
+        assert {name: cells[:2] for name, cells in table.items()} == sizes
+
+
+@pytest.mark.whole
+def test_the_program_starts(tmp_path):
     command = [sys.executable, str(ROOT / "records/layouts.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| layout | matrices |") and "12,000 codes of matrices" in done.stdout
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_mistakes_and_help(tmp_path, capsys, monkeypatch):
@@ -125,10 +153,8 @@ def test_mistakes_and_help(tmp_path, capsys, monkeypatch):
         assert (stop.value.code == 0) == (arguments == ["--help"])
         printed = capsys.readouterr()
         assert said in printed.out + printed.err
-    monkeypatch.setattr(sys, "argv", ["layouts.py", str(tmp_path)])
     for said in ("artifact.bin is missing", "not an artifact"):
-        assert layouts.exit_status(layouts.program) == 1
-        printed = capsys.readouterr()
-        (line,) = printed.err.splitlines()
-        assert line.startswith("error: ") and said in line and printed.out == ""
+        status, out, err = run([tmp_path], monkeypatch, capsys)
+        (line,) = err.splitlines()
+        assert status == 1 and line.startswith("error: ") and said in line and out == ""
         (tmp_path / "artifact.bin").write_bytes(b"damaged")

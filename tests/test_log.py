@@ -1,6 +1,8 @@
-"""Log lines, the status line, metrics and the optional TensorBoard files."""
+"""Log lines, metrics, files that are whole or not there, clocks, ledgers, and what a run records."""
+
 import json
-import sys
+import math
+import time
 import types
 
 import pytest
@@ -8,15 +10,38 @@ import pytest
 import train_gpt as tg
 
 
-def test_lines_go_to_console_and_file_and_metrics_are_json(tmp_path, capsys):
-    log = tg.RunLog(tmp_path)
+@pytest.fixture
+def log(tmp_path):
+    return tg.RunLog(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Lines
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_go_to_console_and_file_and_metrics_are_json(log, tmp_path, capsys):
     log("one thing:1")
     log("the script's source", console=False)
     log.status("never in a pipe")
     log.metric("train", step=3, loss=1.5)
-    assert capsys.readouterr().out == "one thing:1\n"
-    assert (tmp_path / "log.txt").read_text() == "one thing:1\nthe script's source\n"
+    log.proof("qat", {"first_step": 7, "loss": 1 / 3, "kind": "soft"})
+    log.proof("averaging", None)
+    proof = "proof technique:qat first_step:7 loss:0.33333 kind:soft\n"
+    assert capsys.readouterr().out == "one thing:1\n" + proof
+    assert (tmp_path / "log.txt").read_text() == "one thing:1\nthe script's source\n" + proof
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"event": "train", "step": 3, "loss": 1.5}
+
+
+def test_a_second_log_goes_on_where_the_first_ended(log, tmp_path):
+    log("first")
+    log.metric("a")
+    again = tg.RunLog(tmp_path)
+    again("second")
+    again.metric("b")
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n"
+    events = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["a", "b"]
 
 
 def test_ranks_above_zero_are_silent(capsys):
@@ -24,12 +49,12 @@ def test_ranks_above_zero_are_silent(capsys):
     log("a line")
     log.status("a status")
     log.metric("train", step=1, loss=1.0)
+    log.proof("qat", {"loss": 1.0})
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_one_status_line_that_the_next_line_replaces(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    log = tg.RunLog(tmp_path)
+def test_a_terminal_gets_one_status_line_that_the_next_line_replaces(log, tmp_path, capsys):
+    log.live = True  # as on a terminal
     log.status("step:1 " + "x" * 500)
     log.status("too soon")
     log("step:2")
@@ -39,24 +64,146 @@ def test_a_terminal_gets_one_status_line_that_the_next_line_replaces(tmp_path, c
     assert (tmp_path / "log.txt").read_text() == "step:2\n"
 
 
-def test_tensorboard_curves(tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder):
-            written.append(folder)
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    tg.RunLog(tmp_path, tensorboard=True).metric("train", step=7, loss=2.0, name="text")
-    assert written == [str(tmp_path), ("train/loss", 2.0, 7)]
+def test_progress_lines_give_score_speed_and_the_time_left():
+    lines = []
+    progress = tg.ProgressLine(lines.append, "sliding", 3000, every=60.0)
+    assert not progress.due()
+    progress.start -= 1000.0
+    progress.last -= 1000.0
+    assert progress.due()
+    for done in (0, 3000):  # nothing is known yet, nothing is left to tell
+        progress(done, 1.25)
+    assert lines == [] and progress.due()
+    progress(2000, 1.25, " steps:7")
+    assert lines == ["sliding positions:2000/3000 val_bpb:1.2500 tokens/s:2 left:500s steps:7"]
+    assert not progress.due()
 
 
-def test_tensorboard_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(tg.UserError, match="pip install tensorboard"):
-        tg.RunLog(tmp_path, tensorboard=True)
+# ----------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "result.json"
+    for content in (b"old", b"new content"):
+        tg.write_atomically(path, content)
+        assert path.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pt"
+    tg.write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        tg.write_atomically(path, "no bytes")
+    assert path.read_bytes() == b"old"
+
+
+def some_run(folder, rank=0, **settings):
+    """A run as the stages get it."""
+    hp, world = tg.Hyperparameters(**settings), types.SimpleNamespace(rank=rank)
+    ledgers = (tg.Budget(name, world, 0.0) for name in ("training", "evaluation"))
+    return tg.Run(hp, world, tg.RunLog(None), folder, 1000, *ledgers, {"bpb": {"float": 1.5}, "seed": 7})
+
+
+def test_a_run_records_findings_beside_what_it_knows(tmp_path):
+    run = some_run(tmp_path)
+    run.record({"steps": 3, "bpb": {"sliding": 1.25}})
+    run.record({"bpb": {"float": 1.0}, "proofs": {"qat": None}})
+    expected = {"bpb": {"float": 1.0, "sliding": 1.25}, "seed": 7, "steps": 3, "proofs": {"qat": None}}
+    assert run.result == json.loads((tmp_path / "result.json").read_text()) == expected
+    assert run.room == 16_000_000 - 1000 and some_run(tmp_path, artifact_limit=5000).room == 4000
+
+
+def test_only_rank_zero_writes(tmp_path):
+    run = some_run(tmp_path, rank=1)
+    run.write("model.pt", b"x")
+    run.record({"steps": 3})
+    assert list(tmp_path.iterdir()) == [] and run.result["steps"] == 3
+
+
+def test_merging_goes_into_dictionaries_and_replaces_all_else():
+    known = {"a": {"x": 1, "y": {"z": 2}}, "b": [1], "c": None}
+    found = {"a": {"y": {"w": 3}, "x": {"deep": 1}}, "b": [2], "c": {"d": 4}, "e": 5}
+    assert tg.merge(known, found) is known
+    assert known == {"a": {"x": {"deep": 1}, "y": {"z": 2, "w": 3}}, "b": [2], "c": {"d": 4}, "e": 5}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Clocks and ledgers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_stands_still_while_it_is_stopped():
+    clock = tg.Clock(10.0)
+    assert clock.elapsed == 0.0
+    clock.start()
+    time.sleep(0.02)
+    running = clock.elapsed
+    clock.stop()
+    first = clock.elapsed
+    assert 0.02 <= running <= first
+    time.sleep(0.02)
+    assert clock.elapsed == first
+    clock.start()
+    time.sleep(0.02)
+    assert clock.elapsed >= first + 0.02
+
+
+def test_the_agreed_clock_is_carried_to_a_step():
+    """Until ranks have agreed nothing is known; 6 seconds after 3 steps make the eleventh begin after 20."""
+    clock = tg.Clock(21.0)
+    assert clock.at(5) == 0.0 and not clock.out_of_time(10**6)
+    clock.agreed, clock.agreed_step = 6.0, 3
+    assert (clock.at(0), clock.at(3), clock.at(10)) == (0.0, 6.0, 20.0)
+    assert not clock.out_of_time(10) and clock.out_of_time(11)
+    clock.limit = 0.0  # none
+    assert not clock.out_of_time(10**6)
+
+
+def test_a_clock_goes_on_from_its_state():
+    clock, other = tg.Clock(10.0), tg.Clock(10.0)
+    clock.agreed, clock.agreed_step, clock.before = 6.0, 3, 5.0
+    clock.start()
+    time.sleep(0.02)
+    other.load_state_dict(json.loads(json.dumps(clock.state_dict())))
+    assert 5.02 <= other.elapsed <= clock.elapsed
+    assert (other.at(10), other.limit, other.started) == (20.0, 10.0, None)
+
+
+def slowest(extra):
+    """A world of which another rank takes so many seconds more."""
+    return types.SimpleNamespace(synchronize=lambda: None, max=lambda seconds: seconds + extra)
+
+
+def test_a_phase_takes_as_long_as_on_the_slowest_rank():
+    budget = tg.Budget("training", slowest(100.0), 250.0)
+    for counted in (True, False, True):
+        with budget.phase("train" if counted else "warm-up", counted):
+            time.sleep(0.01)
+    assert budget.counted.keys() == {"train"} and budget.uncounted.keys() == {"warm-up"}
+    assert 200.02 <= budget.used == budget.counted["train"] < 210 and budget.uncounted["warm-up"] >= 100.01
+
+
+def test_a_ledger_tells_what_counts_and_what_is_left():
+    budget = tg.Budget("training", slowest(0.0), 250.0)
+    budget.add("train", 150.0)
+    budget.add("warm-up", 1000.0, counted=False)
+    budget.add("train", 50.0)
+    assert (budget.used, budget.left) == (200.0, 50.0)
+    assert budget.report() == {"limit": 250.0, "used": 200.0, "within": True, "counted": {"train": 200.0},
+                               "uncounted": {"warm-up": 1000.0}}  # fmt: skip
+    assert list(budget.lines()) == [
+        "budget clock:training phase:train seconds:200.0",
+        "budget clock:training phase:warm-up seconds:1000.0 (not counted)",
+        "budget clock:training used:200.0s limit:250s within:yes",
+    ]
+    budget.add("pack", 50.5)
+    assert not budget.report()["within"] and list(budget.lines())[-1].endswith("limit:250s within:NO")
+
+
+def test_without_a_limit_there_is_no_end():
+    budget = tg.Budget("evaluation", slowest(0.0), 0.0)
+    budget.add("ttt", 1e6)
+    assert budget.left == math.inf and budget.report()["within"]
+    assert list(budget.lines())[-1] == "budget clock:evaluation used:1000000.0s limit:none within:yes"

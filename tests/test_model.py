@@ -1,29 +1,27 @@
-"""The model against a dense float64 restatement, parameter by parameter and technique by technique."""
+"""The model against a dense float64 restatement, technique by technique and part by part."""
 
 import dataclasses
 import functools
 import math
-import subprocess
 import sys
-from contextlib import nullcontext
-from pathlib import Path
+import types
 
 import pytest
 import torch
 from reference import (
     EPS32,
     EPS64,
+    TECHNIQUES,
     random_state,
     reference_bigram_index,
+    reference_cross_entropy,
     reference_logits,
-    reference_loss,
     reference_rope_base,
     reference_shapes,
 )
+from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def env(text):
@@ -31,216 +29,224 @@ def env(text):
     return dict(pair.split("=") for pair in text.split())
 
 
-SMALL = env(
-    "MODEL_DIM=64 NUM_HEADS=4 VOCAB_SIZE=96 TRAIN_SEQ_LEN=32 EVAL_SEQ_LEN=32 EVAL_STRIDE=8 ROPE_DIMS=8"
-    " BIGRAM_VOCAB_SIZE=50 BIGRAM_DIM=24"
-)
+SMALL = env("VOCAB_SIZE=96 MODEL_DIM=64 ROPE_DIMS=8 TRAIN_SEQ_LEN=32 EVAL_SEQ_LEN=32 EVAL_STRIDE=8")
+SMALL |= env("TTT_CHUNK_TOKENS=64 BIGRAM_VOCAB_SIZE=50 BIGRAM_DIM=24 VE_DIM=20")
+# Every preset, shrunk, and every technique at once.
 CONFIGS = {
-    "pr606": SMALL
-    | env(
-        "PRESET=pr606 NUM_LAYERS=6 NUM_KV_HEADS=4 XSA_LAST_N=6 VE_DIM=20 VE_LAYERS=4,5 ROPE_NTK_REFERENCE=8"
-    ),
-    "pr601": SMALL | env("PRESET=pr601 NUM_LAYERS=6 NUM_KV_HEADS=2 XSA_LAST_N=4"),
-    "all": SMALL
-    | env("PRESET=pr606 NUM_LAYERS=7 NUM_KV_HEADS=2 XSA_LAST_N=5 VE_ENABLED=1 VE_DIM=20 VE_LAYERS=0,3,6")
-    | env("ROPE_NTK_REFERENCE=8 VALUE_RESIDUAL=1 GATED_ATTENTION=1 SMEAR_GATE=1 SMEAR_RESET_AT_BOS=1")
-    | env("LN_SCALE=1 MLP_SLOPE=0.5"),
+    "pr606": "PRESET=pr606 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=4 VE_LAYERS=4,5 ROPE_NTK_REFERENCE=8",
+    "pr601": "PRESET=pr601 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=2",
+    "smoke": "PRESET=smoke",
+    "all": "PRESET=pr606 NUM_LAYERS=5 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=3 VE_LAYERS=0,2,4"
+    " ROPE_NTK_REFERENCE=8 VALUE_RESIDUAL=1 GATED_ATTENTION=1 SMEAR_RESET_AT_BOS=1",
 }
-small = functools.partial(reference_shapes, dim=64, heads=4, vocab=96, bigram_buckets=50, bigram_dim=24)
-SHAPES = {
-    "pr606": small(layers=6, kv_heads=4, mlp_hidden=224, ve_dim=20, ve_layers=(4, 5)),
-    "pr601": small(layers=6, kv_heads=2, mlp_hidden=192, value_residual=True, gated_attention=True),
-    "all": small(
-        layers=7,
-        kv_heads=2,
-        mlp_hidden=224,
-        ve_dim=20,
-        ve_layers=(0, 3, 6),
-        value_residual=True,
-        gated_attention=True,
-    ),
-}
-published = functools.partial(reference_shapes, layers=11, dim=512, heads=8, vocab=1024, bigram_dim=128)
-PUBLISHED = {
-    "pr606": published(kv_heads=8, mlp_hidden=1792, bigram_buckets=8192, ve_dim=128, ve_layers=(9, 10)),
-    "pr601": published(
-        kv_heads=4, mlp_hidden=1536, bigram_buckets=1024, value_residual=True, gated_attention=True
-    ),
-}
-PUBLISHED_COUNT = {"pr606": 33_580_124, "pr601": 26_744_007}
+MODEL_FIELDS = tg.Hyperparameters.fields("model")
+# The settings that switch a technique of the model off, with the value that does.
+OFF = {name: f.metadata["off"] for name, f in MODEL_FIELDS.items() if f.metadata["off"] is not None}
+# All of them on, also those that the reference does not know.
+ALL_ON = tg.Hyperparameters.from_env(SMALL | env(CONFIGS["all"]))
+ALL_ON = dataclasses.replace(ALL_ON, **{name: True for name, off in OFF.items() if off is False})
 
 
-def settings(mapping):
-    return tg.Hyperparameters.from_env(mapping)
+@functools.cache
+def settings(config, **changed):
+    """Of a configuration, less the techniques that the reference does not know."""
+    hp = tg.Hyperparameters.from_env(SMALL | env(CONFIGS[config]))
+    return dataclasses.replace(hp, **{name: OFF[name] for name in OFF.keys() - TECHNIQUES} | changed)
 
 
 def some_tokens(batch=2, length=20, seed=0):
     """Token ids with a BOS at the start of one row and inside both."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(2, 96, (batch, length), generator=generator)
+    tokens = torch.randint(2, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
     tokens[0, length // 3] = 1
     tokens[-1, 0] = 1
     tokens[-1, 2 * length // 3] = 1
     return tokens
 
 
-@functools.cache
-def state_of(config):
-    return random_state(SHAPES[config], seed=len(config))
+def build(hp, dtype=torch.float32):
+    """A model with every parameter random, each by its own name."""
+    model = tg.GPT(hp).to(dtype)
+    model.load_state_dict(random_state({name: p.shape for name, p in model.state_dict().items()}))
+    return model
 
 
 @functools.cache
 def expected_logits(config, eps=EPS32):
+    hp = settings(config)
     with torch.no_grad():
-        return reference_logits(state_of(config), settings(CONFIGS[config]), some_tokens(), eps)
-
-
-def build(config, state=None, dtype=torch.float32, **changed):
-    """The small model of a configuration, holding whatever part of the random state it has room for."""
-    model = tg.GPT(settings(CONFIGS[config] | changed)).to(dtype).eval()
-    state = state_of(config) if state is None else state
-    if changed:
-        own = model.state_dict()
-        state = {name: state[name] for name in own}
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True)
-    return model
+        return reference_logits(random_state(reference_shapes(hp)), hp, some_tokens(), eps)
 
 
 @torch.no_grad()
-def relative_error(logits, expected):
-    return float((logits.double() - expected).norm() / expected.norm())
+def relative_error(value, expected):
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+def test_every_preset_and_every_technique_is_compared_with_the_reference():
+    """What is missing is to be written down: a preset in CONFIGS, a formula in tests/reference.py."""
+    assert not tg.PRESETS.keys() - CONFIGS.keys()
+    assert not OFF.keys() - TECHNIQUES
+    assert not [name for name, off in OFF.items() if getattr(settings("all"), name) == off]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The plan
+# ----------------------------------------------------------------------------------------------------------
+
+# Of every visit: layer, position whose output is added, its row of skip_weights, whether its own is kept.
+PLANS = {
+    11: """0 - - kept   1 - - kept   2 - - kept   3 - - kept   4 - - kept
+           5 4 0 -      6 3 1 -      7 2 2 -      8 1 3 -      9 0 4 -      10 - - -""",
+    3: "0 - - kept   1 0 0 -   2 - - -",
+}
+
+
+def rows_of(visits):
+    """A plan in the table's words."""
+    skip = lambda v: ("-", "-") if v.skip_from is None else (str(v.skip_from), str(v.skip_row))
+    return [(str(v.layer), *skip(v), "kept" if v.pushes else "-") for v in visits]
+
+
+@pytest.mark.parametrize("layers", PLANS)
+def test_the_plan_is_the_one_written_down(layers):
+    words = PLANS[layers].split()
+    table = [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
+    assert rows_of(tg.plan(settings("all", num_layers=layers))) == table
+
+
+@pytest.mark.parametrize("layers", range(1, 13))
+def test_the_plan_follows_the_rule(layers):
+    """The first half puts its outputs on a stack, the second half takes them, as in the submissions."""
+    visits, stack, rows = tg.plan(settings("all", num_layers=layers)), [], 0
+    assert [v.layer for v in visits] == list(range(layers))
+    for position, visit in enumerate(visits):
+        if position < layers // 2:
+            assert visit.pushes and visit.skip_from is None
+            stack.append(position)
+        else:
+            assert not visit.pushes and visit.skip_from == (stack.pop() if stack else None)
+        if visit.skip_from is not None:
+            assert visit.skip_row == rows
+            rows += 1
+    assert not stack and rows == layers // 2
+
+
+def test_a_plan_is_all_that_decides_on_order_and_skips():
+    """A model runs the visits that it is given: without skips, or a layer twice."""
+    hp, order, tokens = (
+        dataclasses.replace(ALL_ON, xsa_last_n=8, ve_enabled=False),
+        (0, 1, 1, 2, 3),
+        some_tokens(),
+    )
+    model, longer = build(hp, torch.float64), build(hp, torch.float64)
+    longer.visits = tuple(tg.Visit(position) for position in range(len(order)))
+    for block, layer in zip(longer.blocks, order):
+        block.load_state_dict(model.blocks[layer].state_dict())
+        block.input_scale = model.blocks[layer].input_scale
+    with torch.no_grad():
+        logits = model(tokens)
+        model.visits = tuple(dataclasses.replace(v, skip_from=None, pushes=False) for v in model.visits)
+        plain = model(tokens)
+        model.visits = tuple(tg.Visit(layer) for layer in order)
+        assert relative_error(model(tokens), longer(tokens)) < 1e-12
+        silence(model, tg.GPT.silent)
+        model.visits = tg.plan(hp)
+        assert relative_error(logits, plain) > 1e-3 and torch.equal(model(tokens), plain)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Parameters
 # ----------------------------------------------------------------------------------------------------------
 
-
-@functools.cache
-def fresh(preset):
-    torch.manual_seed(0)
-    return tg.GPT(settings({"PRESET": preset}))
+PUBLISHED_COUNT = {"pr606": 33_580_124, "pr601": 26_744_007}
 
 
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
-def test_parameter_count_is_the_submissions_own(preset):
-    by_hand = sum(math.prod(shape) for shape in PUBLISHED[preset].values())
-    assert sum(p.numel() for p in fresh(preset).parameters()) == by_hand == PUBLISHED_COUNT[preset]
-
-
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
+@pytest.mark.parametrize("preset", PUBLISHED_COUNT)
 def test_a_published_state_dict_loads_strictly(preset):
-    shapes = PUBLISHED[preset]
-    assert {name: tuple(t.shape) for name, t in fresh(preset).state_dict().items()} == shapes
-    assert set(dict(fresh(preset).named_parameters())) == set(shapes)
-    state = {name: tensor.float() for name, tensor in random_state(shapes, seed=1).items()}
+    hp = tg.Hyperparameters.from_env({"PRESET": preset})
+    shapes = reference_shapes(hp)
+    assert sum(map(math.prod, shapes.values())) == PUBLISHED_COUNT[preset]
     with torch.device("meta"):
-        model = tg.GPT(settings({"PRESET": preset}))
+        model, state = tg.GPT(hp), {name: torch.empty(shape) for name, shape in shapes.items()}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
     model.load_state_dict(state, strict=True, assign=True)
-    assert torch.equal(model.state_dict()["blocks.10.mlp.proj.weight"], state["blocks.10.mlp.proj.weight"])
 
 
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_state_dict_follows_the_settings(config):
+    state = tg.GPT(settings(config)).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == reference_shapes(settings(config))
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_COUNT)
 def test_a_state_dict_of_mixed_dtypes_loads_as_float32(preset):
     """The submissions save embedding tables and gates in bf16, the rest in fp32."""
     half = ("tok_emb.weight", "embed.weight", "attn_gate.weight", "attn_gate.bias")
+    hp, tokens = settings(preset), some_tokens(length=9)
     state = {
         name: tensor.to(torch.bfloat16 if name.endswith(half) else torch.float32)
-        for name, tensor in state_of(preset).items()
+        for name, tensor in random_state(reference_shapes(hp)).items()
     }
-    model = tg.GPT(settings(CONFIGS[preset])).eval()
+    model = tg.GPT(hp)
     model.load_state_dict(state, strict=True)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     with torch.no_grad():
-        expected = reference_logits(state, settings(CONFIGS[preset]), some_tokens(length=9), EPS32)
-        assert relative_error(model(some_tokens(length=9)), expected) <= 1e-5
+        assert relative_error(model(tokens), reference_logits(state, hp, tokens, EPS32)) <= 1e-5
+
+
+def orthogonal(weight, gain):
+    """Whether the smaller side's vectors are orthogonal and `gain` long."""
+    w = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().T
+    return torch.allclose(w @ w.T, gain**2 * torch.eye(len(w), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+WIDE = dict(vocab_size=1024, model_dim=128, bigram_dim=64, ve_dim=64)  # enough values for their deviation
+
+
+def initial_state(hp, seed=0):
+    torch.manual_seed(seed)
+    return tg.GPT(hp).state_dict()
 
 
 @pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-def test_state_dict_follows_the_settings(config):
-    model = tg.GPT(settings(CONFIGS[config]))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == SHAPES[config]
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+def test_initial_values(config):
+    """A matrix that ends a branch starts at zero, the others orthogonal, a part's scaled by the depth."""
+    hp = settings(config, **WIDE, num_heads=4, qk_gain_init=2.5)
+    constant = {"bigram.embed.weight": 0, "bigram.scale": 0.05, "smear.gate": 0, "ve_shared.scale": 0.1}
+    constant |= {"skip_weights": 1, "attn_scale": 1, "mlp_scale": 1, "q_gain": 2.5, "vr_lambda": 0.5}
+    constant |= {"attn.proj.weight": 0, "mlp.proj.weight": 0, "attn_gate.weight": 0, "attn_gate.bias": 4}
+    deviation = {"tok_emb.weight": 0.005, "ve_shared.embed.weight": 0.01}
+    for name, tensor in initial_state(hp).items():
+        key = next((key for key in constant if name.endswith(key)), None)
+        if name in deviation:
+            assert float(tensor.std()) == pytest.approx(deviation[name], rel=0.02), name
+            assert float(tensor.mean().abs()) < 0.02 * deviation[name], name
+        elif name.endswith("resid_mix"):
+            assert (tensor[0] == 1).all() and not tensor[1].any()
+        elif name.startswith("ve_layer_scales"):
+            assert tensor.tolist() == [1.0]
+        elif key is None:
+            gain = 1 / math.sqrt(2 * hp.num_layers) if name.endswith(".proj.weight") else 1.0
+            assert orthogonal(tensor, gain), name
+        else:
+            torch.testing.assert_close(tensor, torch.full_like(tensor, constant[key]), msg=name)
 
 
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
-def test_initial_values(preset):
-    state = fresh(preset).state_dict()
-    assert float(state["tok_emb.weight"].std()) == pytest.approx(0.005, rel=0.01)
-    assert float(state["tok_emb.weight"].mean().abs()) < 1e-4
-    assert not state["bigram.embed.weight"].any() and float(state["bigram.scale"]) == pytest.approx(0.05)
-    assert not state["smear.gate"].any() and (state["skip_weights"] == 1).all()
-    for i in range(11):
-        block = {name: state[f"blocks.{i}.{name}"] for name in ("attn_scale", "mlp_scale", "attn.q_gain")}
-        assert (block["attn_scale"] == 1).all() and (block["mlp_scale"] == 1).all()
-        assert (block["attn.q_gain"] == 1.5).all()
-        ones, zeros = state[f"blocks.{i}.resid_mix"]
-        assert (ones == 1).all() and not zeros.any()
-        assert not state[f"blocks.{i}.attn.proj.weight"].any()
-        assert not state[f"blocks.{i}.mlp.proj.weight"].any()
-    for i in (0, 10):
-        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "mlp.fc"):
-            assert_orthogonal(state[f"blocks.{i}.{name}.weight"], gain=1.0)
-    assert not torch.equal(state["blocks.0.attn.c_q.weight"], state["blocks.1.attn.c_q.weight"])
-    assert_orthogonal(state["bigram.proj.weight"], gain=1 / math.sqrt(22))
-
-
-def test_initial_values_of_the_value_embedding():
-    state = fresh("pr606").state_dict()
-    assert float(state["ve_shared.embed.weight"].std()) == pytest.approx(0.01, rel=0.01)
-    assert_orthogonal(state["ve_shared.proj.weight"], gain=1 / math.sqrt(22))
-    assert float(state["ve_shared.scale"]) == pytest.approx(0.1)
-    assert float(state["ve_layer_scales.0"]) == float(state["ve_layer_scales.1"]) == 1.0
-
-
-def test_initial_values_of_value_residual_and_gated_attention():
-    state = fresh("pr601").state_dict()
-    for i in range(11):
-        assert state[f"blocks.{i}.attn.vr_lambda"].tolist() == [0.5, 0.5]
-        assert not state[f"blocks.{i}.attn.attn_gate.weight"].any()
-        assert (state[f"blocks.{i}.attn.attn_gate.bias"] == 4.0).all()
-
-
-def assert_orthogonal(weight, gain):
-    """The smaller side's vectors are orthogonal and `gain` long."""
-    w = weight.double()
-    gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-    torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
-
-
-def test_the_seed_decides_the_initial_values():
-    first, again, other = (seeded_state(seed) for seed in (5, 5, 6))
+def test_the_seed_decides_the_initial_values_and_ortho_init_their_kind():
+    hp = settings("all", **WIDE, num_heads=4)
+    first, again, other = (initial_state(hp, seed) for seed in (5, 5, 6))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
-
-
-def seeded_state(seed):
-    torch.manual_seed(seed)
-    return tg.GPT(settings(CONFIGS["all"])).state_dict()
-
-
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
-def test_without_ortho_init_matrices_are_not_orthogonal(preset):
-    """What has to start at zero still does."""
-    small_one = CONFIGS[preset] | {"ORTHO_INIT": "0", "BIGRAM_DIM": "64", "VE_DIM": "64"}
-    torch.manual_seed(0)
-    state = tg.GPT(settings(small_one)).state_dict()
-    on = tg.GPT(settings(small_one | {"ORTHO_INIT": "1"})).state_dict()
-    names = ["blocks.0.attn.c_q.weight", "blocks.5.mlp.fc.weight", "bigram.proj.weight"]
-    for name in names + ["ve_shared.proj.weight"] * (preset == "pr606"):
-        assert_orthogonal(on[name], 1 / math.sqrt(12) if name.endswith(".proj.weight") else 1.0)
-        with pytest.raises(AssertionError):
-            assert_orthogonal(state[name], gain=float(state[name].norm()) / math.sqrt(64))
-    for name, tensor in state.items():
-        if name.endswith(("attn.proj.weight", "mlp.proj.weight", "attn_gate.weight")):
-            assert not tensor.any() and not on[name].any(), name
-
-
-def test_tied_embedding_std_and_qk_gain_are_settings():
-    model = tg.GPT(settings(CONFIGS["pr606"] | {"TIED_EMBED_INIT_STD": "0.5", "QK_GAIN_INIT": "2.5"}))
-    assert float(model.state_dict()["tok_emb.weight"].detach().std()) == pytest.approx(0.5, rel=0.05)
-    assert (model.state_dict()["blocks.3.attn.q_gain"] == 2.5).all()
+    drawn = {name for name in first if not torch.equal(first[name], other[name])}
+    assert not torch.equal(first["blocks.0.attn.c_q.weight"], first["blocks.1.attn.c_q.weight"])
+    plain = initial_state(dataclasses.replace(hp, ortho_init=False), 5)
+    for name in drawn - {"tok_emb.weight", "ve_shared.embed.weight"}:
+        assert not orthogonal(plain[name], float(plain[name].norm()) / math.sqrt(min(plain[name].shape))), (
+            name
+        )
+        assert float(plain[name].norm()) > 0, name
+    assert {name for name in plain if not torch.equal(plain[name], other[name])} == drawn
+    assert "blocks.4.mlp.fc.weight" in drawn and "blocks.4.mlp.proj.weight" not in drawn
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -248,218 +254,134 @@ def test_tied_embedding_std_and_qk_gain_are_settings():
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-def test_logits_equal_the_reference(config):
-    expected = expected_logits(config)
-    with torch.no_grad():
-        logits = build(config)(some_tokens())
-    assert logits.shape == (2, 20, 96)
-    assert relative_error(logits, expected) <= 1e-5
-
-
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-def test_logits_equal_the_reference_in_float64(config):
-    with torch.no_grad():
-        logits = build(config, dtype=torch.float64)(some_tokens())
-    assert logits.dtype == torch.float64
-    assert relative_error(logits, expected_logits(config, EPS64)) <= 1e-11
-
-
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-def test_loss_and_gradients_equal_the_reference(config):
-    tokens = some_tokens(length=15)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in state_of(config).items()}
-    expected = reference_loss(leaves, settings(CONFIGS[config]), inputs, targets, EPS32)
+def assert_equals_the_reference(hp, dtype=torch.float32, length=15):
+    """Logits, loss and the gradient of every parameter; returns the logits."""
+    tokens, eps = some_tokens(length=length), EPS64 if dtype == torch.float64 else EPS32
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    leaves = {name: tensor.requires_grad_() for name, tensor in random_state(reference_shapes(hp)).items()}
+    expected_logits = reference_logits(leaves, hp, x, eps)
+    expected = reference_cross_entropy(expected_logits, y)
     expected.backward()
-    model = build(config).train()
-    loss = model(inputs, targets)
-    assert loss.ndim == 0
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    model, exact = build(hp, dtype), 1e-11 if dtype == torch.float64 else 1e-5
+    logits, loss = model(x).detach(), model(x, y)
+    assert logits.dtype == dtype and logits.shape == (*x.shape, hp.vocab_size) and loss.ndim == 0
+    assert relative_error(logits, expected_logits) <= exact
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=exact)
     loss.backward()
-    unused = [name for name, leaf in leaves.items() if leaf.grad is None]
-    assert unused == [name for name in leaves if name == "blocks.0.attn.vr_lambda"]
+    unused = ["blocks.0.attn.vr_lambda"] if hp.value_residual else []
+    assert unused == [name for name, leaf in leaves.items() if leaf.grad is None]
     for name, parameter in model.named_parameters():
-        if name in unused:
+        if name not in unused:
+            assert relative_error(parameter.grad, leaves[name].grad) <= 10 * exact, name
+        else:
             assert parameter.grad is None or not parameter.grad.any(), name
-            continue
-        assert relative_error(parameter.grad, leaves[name].grad) <= 1e-4, name
+    return logits
 
 
-@pytest.mark.parametrize("config", ["pr606", "pr601"])
-def test_the_loss_is_the_cross_entropy_of_the_logits(config):
-    tokens = some_tokens()
-    model = build(config)
-    with torch.no_grad():
-        logits = model(tokens[:, :-1])
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_loss_and_gradients_equal_the_reference(config, dtype):
+    assert_equals_the_reference(settings(config), dtype)
 
 
-# Switching one technique off in the model, and only there, has to show.
-SWITCHES = {
-    "xsa": {"XSA_LAST_N": "0"},
-    "xsa layers": {"XSA_LAST_N": "3"},
-    "ln scale": {"LN_SCALE": "0"},
-    "smear": {"SMEAR_GATE": "0"},
-    "smear reset": {"SMEAR_RESET_AT_BOS": "0"},
-    "bigram": {"BIGRAM_VOCAB_SIZE": "0"},
-    "bigram buckets": {"BIGRAM_VOCAB_SIZE": "49"},
-    "value embedding": {"VE_ENABLED": "0"},
-    "value embedding layers": {"VE_LAYERS": "1,2,3"},
-    "ntk": {"ROPE_NTK_REFERENCE": "0"},
-    "rope base": {"ROPE_BASE": "500"},
-    "rope dims": {"ROPE_DIMS": "16"},
-    "value residual": {"VALUE_RESIDUAL": "0"},
-    "gated attention": {"GATED_ATTENTION": "0"},
-    "softcap": {"LOGIT_SOFTCAP": "1000"},
-    "mlp slope": {"MLP_SLOPE": "0"},
+# Every technique off, and the other settings of the model elsewhere.
+CHANGES = {f"{name} off": {name: off} for name, off in OFF.items() if name in TECHNIQUES} | {
+    "xsa layers": dict(xsa_last_n=2),
+    "bigram buckets": dict(bigram_vocab_size=49),
+    "value embedding layers": dict(ve_layers=(1, 2, 3)),
+    "ntk": dict(rope_ntk_reference=0),
+    "rope base": dict(rope_base=500.0),
+    "rope dims": dict(rope_dims=16),
+    "no rope": dict(rope_dims=0),
+    "softcap": dict(logit_softcap=1000.0),
+    "mlp slope": dict(mlp_slope=0.0),
 }
 
 
-# Where a preset differs: the other value of a switch that is off there, and what is not in it at all.
-OTHER = {
-    ("pr606", "smear reset"): {"SMEAR_RESET_AT_BOS": "1"},
-    ("pr606", "value embedding layers"): {"VE_LAYERS": "2,3"},
-    ("pr601", "smear reset"): {"SMEAR_RESET_AT_BOS": "1"},
-    ("pr601", "mlp slope"): {"MLP_SLOPE": "0.5"},
-    ("pr601", "ntk"): {"ROPE_NTK_REFERENCE": "4"},
-}
-ABSENT = {
-    "all": set(),
-    "pr606": {"value residual", "gated attention"},
-    "pr601": {"value embedding", "value embedding layers"},
-}
-EVERY_SWITCH = [(config, name) for config in CONFIGS for name in SWITCHES if name not in ABSENT[config]]
-
-
-@pytest.mark.parametrize(("config", "technique"), EVERY_SWITCH)
-def test_every_switch_changes_the_logits_and_to_the_right_ones(config, technique):
-    """Far from the reference with the technique as it was, equal to the reference with the other setting."""
-    changes = OTHER.get((config, technique), SWITCHES[technique])
-    state = dict(state_of(config))
-    buckets = int(changes.get("BIGRAM_VOCAB_SIZE", 50))
-    state["bigram.embed.weight"] = state["bigram.embed.weight"][:buckets]
-    tokens = some_tokens(batch=1, length=12)
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_setting_changes_the_model_and_to_the_right_one(change):
+    """Equal to the reference with the other setting, far from the model with the setting as it was."""
+    logits = assert_equals_the_reference(settings("all", **CHANGES[change]))
     with torch.no_grad():
-        logits = build(config, state=state, **changes)(tokens)
-        before = reference_logits(state_of(config), settings(CONFIGS[config]), tokens, EPS32)
-        after = reference_logits(state, settings(CONFIGS[config] | changes), tokens, EPS32)
-    assert relative_error(logits, before) > 1e-3
-    assert relative_error(logits, after) <= 1e-5
+        assert relative_error(logits, build(settings("all"))(some_tokens(length=15)[:, :-1]).double()) > 1e-3
 
 
-# Techniques that are a parameter and no setting: their neutral value has to show as well.
-NEUTRAL = {
-    "skip_weights": 0.0,
-    "smear.gate": -30.0,
-    "bigram.scale": 0.0,
-    "ve_shared.scale": 0.0,
-    "ve_layer_scales": 1.0,
-    "resid_mix": (1.0, 0.0),
-    "attn_scale": 1.0,
-    "mlp_scale": 1.0,
-    "q_gain": 1.0,
-    "vr_lambda": (0.0, 1.0),
-    "attn_gate.weight": 0.0,
-    "attn_gate.bias": 30.0,
-}
-
-
-EVERY_PARAMETER = [
-    (config, name) for config in CONFIGS for name in NEUTRAL if any(name in key for key in SHAPES[config])
-]
-
-
-@pytest.mark.parametrize(("config", "name"), EVERY_PARAMETER)
-def test_every_parameter_counts(config, name):
-    state = {key: tensor.clone() for key, tensor in state_of(config).items()}
-    for key in (key for key in state if name in key):
-        value = torch.tensor(NEUTRAL[name], dtype=torch.float64)
-        state[key].copy_(value[:, None] if name == "resid_mix" else value)
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 45])
+def test_any_length(length):
+    """Shorter and longer than the reference length of the rotary base, here 8, and than in training."""
+    tokens, hp = some_tokens(batch=1, length=length, seed=length), settings("all")
     with torch.no_grad():
-        logits = build(config, state=state)(some_tokens())
-    assert relative_error(logits, expected_logits(config)) > 1e-3
+        expected = reference_logits(random_state(reference_shapes(hp)), hp, tokens, EPS32)
+        assert relative_error(build(hp)(tokens), expected) <= 1e-5
 
 
-def test_every_technique_is_a_parameter_or_a_switch():
-    """The two tables above leave out no parameter of any configuration but the matrices."""
-    for config in CONFIGS:
-        for name in SHAPES[config]:
-            matrix = name.endswith(".weight") and "attn_gate" not in name
-            assert matrix or any(key in name for key in NEUTRAL), name
-
-
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-@pytest.mark.parametrize("kernel", ["sdpa_attention", "dense_attention", "cpu_attention", *tg.SDPA_KERNELS])
-def test_every_attention_kernel_equals_the_reference(config, kernel):
-    """A kernel of SDPA that does not run here leaves the work to the next one."""
-    model = build(config)
-    for block in model.blocks:
-        block.attn.attend = tg.sdpa_by(kernel) if kernel in tg.SDPA_KERNELS else getattr(tg, kernel)
+def test_the_length_is_read_at_every_call():
+    """A longer window first must not change what a shorter one gets afterwards."""
+    model, short, long = build(settings("pr606")), some_tokens(length=6), some_tokens(length=30)
     with torch.no_grad():
-        assert relative_error(model(some_tokens()), expected_logits(config)) <= 1e-5
+        before = model(short)
+        model(long)
+        assert torch.equal(model(short), before)
 
 
-def test_the_fastest_sdpa_kernel_is_taken_and_named(monkeypatch):
-    """Measured where it runs; what does not run on a CPU has no time."""
-    model = build("pr601")
-    hp = dataclasses.replace(model.hp, attention="sdpa", train_seq_len=32)
-    world = tg.World(hp, {})
-    assert set(tg.time_sdpa(hp, world)) == {"flash"} and 0 < tg.time_sdpa(hp, world)["flash"] < 10_000
-    assert tg.choose_attention(hp, model, world).startswith("sdpa-flash (milliseconds")
-    chosen = []
-    monkeypatch.setattr(tg, "sdpa_by", lambda name: chosen.append(name) or tg.sdpa_attention)
-    for timings in ({"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}, {"efficient": 1.0}, {}):
-        monkeypatch.setattr(tg, "time_sdpa", lambda *_, timings=timings: timings)
-        assert tg.choose_attention(hp, model, world).startswith(f"sdpa-{chosen[-1]} ")
-    assert chosen == ["cudnn", "efficient", "math"]
-    asked = []
-    monkeypatch.undo()
-    monkeypatch.setattr(tg, "sdpa_kernel", lambda order, **given: asked.append((order[0], given)) or nullcontext())
-    assert torch.isfinite(tg.sdpa_by("cudnn")(*torch.randn(3, 1, 4, 2, 8))).all()
-    assert asked == [(tg.SDPBackend.CUDNN_ATTENTION, {"set_priority": True})]
+@pytest.mark.parametrize(("preset", "base"), [("pr606", 22081.8), ("pr601", 10000.0)])
+def test_the_published_rotary_base(preset, base):
+    """What the angles of the second token say it was, at the length of scoring and at that of training."""
+    hp = tg.Hyperparameters.from_env({"PRESET": preset})
+    for length, expected in ((2048, base), (1024, 10000.0)):
+        cos, sin = tg.rotary_tables(
+            length, hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, "cpu", torch.float64
+        )
+        last = float(torch.atan2(sin[1, 0, -1], cos[1, 0, -1]))
+        assert last ** (-hp.rope_dims / (hp.rope_dims - 2)) == pytest.approx(expected, rel=1e-5)
+        assert reference_rope_base(hp, length) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_chosen_sdpa_kernel_breaks_no_graph():
-    model = build("pr601")
-    for block in model.blocks:
-        block.attn.attend = tg.sdpa_by("flash")
-    torch._dynamo.reset()
-    whole = tg.compiled(model, fullgraph=True, backend="aot_eager")
-    assert relative_error(whole(some_tokens()), expected_logits("pr601")) <= 1e-5
+@pytest.mark.parametrize("config", CONFIGS)
+def test_causality(config):
+    """Another token at a position changes no logits before it, and does change those at and after it."""
+    positions = (0, 1, 7, 13, 19)
+    tokens = some_tokens(batch=1).repeat(1 + len(positions), 1)
+    for row, position in enumerate(positions, 1):
+        tokens[row, position] = 61 if tokens[row, position] == 60 else 60
+    with torch.no_grad():
+        logits = build(settings(config), torch.float64)(tokens)
+    for row, position in enumerate(positions, 1):
+        difference = (logits[row] - logits[0]).abs().amax(dim=1)
+        assert (difference[:position] <= 1e-11).all() and (difference[position:] > 1e-6).all()
 
 
-def test_rotary_tables_are_constants_of_the_graph():
-    """As operations they would be float64 powers and cosines in every attention kernel, at every step."""
-    graphs = []
+def test_rows_of_a_batch_do_not_mix():
+    model, tokens = build(ALL_ON, torch.float64), some_tokens(batch=3)
+    with torch.no_grad():
+        together = model(tokens)
+        for i in range(3):
+            torch.testing.assert_close(model(tokens[i : i + 1])[0], together[i], atol=1e-11, rtol=0)
 
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
 
-    torch._dynamo.reset()
-    compiled = tg.compiled(build("all"), fullgraph=True, backend=backend)
-    for T in (10, 20):  # another length has other tables
-        tokens = some_tokens()[:, :T]
-        torch.testing.assert_close(compiled(tokens), build("all")(tokens))
-    used = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op != "placeholder"}
-    assert len(graphs) == 2 and any("sigmoid" in name for name in used)
-    assert not [name for name in used if "cos" in name or "pow" in name or "arange" in name]
+@pytest.mark.parametrize("config", CONFIGS)
+def test_bfloat16_weights_and_autocast(config):
+    hp, tokens, expected = settings(config), some_tokens(), expected_logits(config)
+    model = build(hp)
+    with torch.no_grad():
+        assert relative_error(build(hp, torch.bfloat16)(tokens), expected) < 0.1
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.hidden(tokens).dtype == torch.bfloat16
+            assert relative_error(model(tokens), expected) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_loss_of_many_tokens_and_a_large_vocabulary(dtype):
     """The output layer is worked off in parts; here three, and the last one is shorter."""
-    tiny = env("PRESET=pr606 NUM_LAYERS=2 MODEL_DIM=8 NUM_HEADS=1 NUM_KV_HEADS=1 ROPE_DIMS=4 XSA_LAST_N=0")
-    tiny |= env("VE_ENABLED=0 MLP_MULT=1 VOCAB_SIZE=4096 BIGRAM_VOCAB_SIZE=0 LOGIT_SOFTCAP=3")
-    torch.manual_seed(0)
-    model = tg.GPT(settings(SMALL | tiny)).to(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p))
-    tokens = torch.randint(0, 4096, (3, 101))
+    bare = dict(
+        num_layers=2, model_dim=8, num_heads=1, num_kv_heads=1, rope_dims=4, ve_enabled=False, mlp_mult=1
+    )
+    model = build(settings("pr606", **bare, vocab_size=4096, bigram_vocab_size=0, logit_softcap=3.0), dtype)
+    assert 2 < 300 * 4096 / tg.TUNING["cpu"].logits < 3
+    tokens = torch.randint(0, 4096, (3, 101), generator=torch.Generator().manual_seed(0))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward(torch.tensor(0.5, dtype=dtype))
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -472,112 +394,246 @@ def test_a_loss_of_many_tokens_and_a_large_vocabulary(dtype):
         assert relative_error(got[name], p.grad.double()) <= 10 * tolerance, name
 
 
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-@pytest.mark.parametrize("length", [1, 2, 7, 9, 45])
-def test_any_length(config, length):
-    """Shorter and longer than the reference length of the rotary base and than the training length."""
-    tokens = some_tokens(batch=1, length=length, seed=length)
-    with torch.no_grad():
-        expected = reference_logits(state_of(config), settings(CONFIGS[config]), tokens, EPS32)
-        assert relative_error(build(config)(tokens), expected) <= 1e-5
-
-
-def test_length_is_read_at_every_call():
-    """A longer window first must not change what a shorter one gets afterwards."""
-    model, short, long = build("pr606"), some_tokens(length=6), some_tokens(length=30)
-    with torch.no_grad():
-        before = model(short)
-        model(long)
-        assert torch.equal(model(short), before)
-
-
-def test_published_rotary_base():
-    for preset, base in (("pr606", 22081.8), ("pr601", 10000.0)):
-        hp = settings({"PRESET": preset})
-        assert reference_rope_base(hp, 2048) == pytest.approx(base, rel=1e-5)
-        assert reference_rope_base(hp, 1024) == 10000.0
-
-
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-@pytest.mark.parametrize("position", [0, 1, 7, 13, 19])
-def test_causality(config, position):
-    """Another token at a position changes no logits before it, and does change those at and after it."""
-    model, tokens = build(config, dtype=torch.float64), some_tokens()
-    changed = tokens.clone()
-    changed[:, position] = torch.where(tokens[:, position] == 60, 61, 60)
-    with torch.no_grad():
-        difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
-    assert (difference[:position] <= 1e-11).all()
-    assert (difference[position:] > 1e-6).all()
-
-
-def test_rows_of_a_batch_do_not_mix():
-    model, tokens = build("all", dtype=torch.float64), some_tokens(batch=3)
-    with torch.no_grad():
-        together = model(tokens)
-        for i in range(3):
-            torch.testing.assert_close(model(tokens[i : i + 1])[0], together[i], atol=1e-11, rtol=0)
-
-
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
-def test_bfloat16_weights_and_autocast(config):
-    tokens, expected = some_tokens(), expected_logits(config)
-    with torch.no_grad():
-        lowered = build(config, dtype=torch.bfloat16)(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            mixed = build(config)(tokens)
-    assert relative_error(lowered, expected) < 0.1
-    assert relative_error(mixed, expected) < 0.1
-    model = build(config).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
-
-
-def test_bigram_hash_is_int32():
+def test_the_bigram_hash_is_int32():
     """The products overflow 32 bits for large ids, and the submissions hash the wrapped values."""
-    vocab, buckets = 65_000, 61
-    tiny = env("PRESET=pr606 NUM_LAYERS=2 MODEL_DIM=8 NUM_HEADS=1 NUM_KV_HEADS=1 ROPE_DIMS=4 XSA_LAST_N=0")
-    tiny |= env(f"VE_ENABLED=0 MLP_MULT=1 VOCAB_SIZE={vocab} BIGRAM_VOCAB_SIZE={buckets} BIGRAM_DIM=4")
-    ids = [5, 64_999, 60_001, 64_000, 3, 59_999, 1_023, 1_022, 64_001, 64_321]
-    unwrapped = [((36313 * b) ^ (27191 * a)) % (buckets - 1) for a, b in zip(ids, ids[1:], strict=False)]
+    buckets, ids = 61, [5, 64_999, 60_001, 64_000, 3, 59_999, 1_023, 1_022, 64_001, 64_321]
     indices = reference_bigram_index(ids, buckets)
-    assert set(indices[1:]) != set(unwrapped)
-    shapes = reference_shapes(
-        layers=2, dim=8, heads=1, kv_heads=1, mlp_hidden=8, vocab=vocab, bigram_buckets=buckets, bigram_dim=4
-    )
-    model = tg.GPT(settings(SMALL | tiny))
-    model.load_state_dict({name: t.float() for name, t in random_state(shapes, seed=3).items()}, strict=True)
-    used = model.bigram.embed.weight
-    model(torch.tensor([ids]), torch.tensor([ids])).backward()
-    assert set(used.grad.abs().sum(dim=1).nonzero().flatten().tolist()) == set(indices)
+    assert indices[1:] != [((36313 * b) ^ (27191 * a)) % (buckets - 1) for a, b in zip(ids, ids[1:])]
+    part = tg.BigramHash(settings("all", bigram_vocab_size=buckets))
+    torch.nn.init.normal_(part.embed.weight)
+    zeros = torch.zeros(1, len(ids), 64)
+    expected = part.embed.weight[indices] @ part.proj.weight.T * part.scale
+    torch.testing.assert_close(part(zeros, torch.tensor([ids]))[0], expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The script as a module
+# Parts
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_import_has_no_side_effects(tmp_path):
-    """No print, no file, no CUDA, no setting of torch, and no look at the environment, here nonsense."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch; before = torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype()\n"
-        "import train_gpt\n"
-        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
-        "assert before == (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype())\n"
+def parts_of(model):
+    """The tables that a model's parts stand in."""
+    return [
+        model.embedding_parts,
+        *(t for b in model.blocks for t in (b.attn.value_parts, b.attn.output_parts)),
+    ]
+
+
+def silences(model):
+    """By class, the weights that silence a part of it."""
+    owners = [*model.modules(), *(part for table in parts_of(model) for part in table.values())]
+    return {type(owner).__name__: owner.silent for owner in owners if hasattr(owner, "silent")}
+
+
+@torch.no_grad()
+def silence(model, weights):
+    for name, p in model.named_parameters():
+        for key in (key for key in weights if name.endswith(key)):
+            p.copy_(torch.tensor(weights[key]).expand_as(p))
+
+
+def loss_of(model):
+    tokens = some_tokens()
+    with torch.no_grad():
+        return float(model(tokens[:, :-1], tokens[:, 1:]))
+
+
+@pytest.mark.parametrize("technique", OFF)
+def test_a_technique_is_off_where_its_part_is_gone_or_silent(technique):
+    """Its setting changes the loss, as its part's removal does, and the weights that silence it."""
+    on, off = build(ALL_ON), build(dataclasses.replace(ALL_ON, **{technique: OFF[technique]}))
+    assert abs(loss_of(on) - loss_of(off)) > 1e-4
+    silent = silences(on)
+    own = [silent[name] for name in silent.keys() - silences(off).keys()]
+    tables = list(zip(parts_of(on), parts_of(off), strict=True))
+    gone = [(table, name) for table, left in tables for name in table.keys() - left.keys()]
+    assert gone or technique in ("ln_scale", "smear_reset_at_bos")  # numbers of a part that stays
+    if own:
+        quiet = build(ALL_ON)
+        silence(quiet, {key: value for weights in own for key, value in weights.items()})
+        assert loss_of(quiet) == pytest.approx(loss_of(off), rel=1e-6)
+    for table, name in gone:
+        del table[name]
+    if gone:
+        assert loss_of(on) == loss_of(off)
+        gone_parameters = {name for name, _ in on.named_parameters()} - {
+            name for name, _ in off.named_parameters()
+        }
+        assert bool(gone_parameters) == bool(own), "a part with parameters says which of them silence it"
+
+
+@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
+def test_every_part_of_the_tables_is_one_of_a_setting(config):
+    """Parts act in the order of their table, in the layers that their settings name."""
+    hp, model = settings(config), build(settings(config))
+    for block, layer in zip(model.blocks, range(hp.num_layers)):
+        assert list(block.attn.value_parts) == [
+            *["value_embedding"] * (hp.ve_enabled and layer in hp.ve_layers),
+            *["value_residual"] * hp.value_residual,
+        ]
+        assert list(block.attn.output_parts) == [
+            *["xsa"] * (layer >= hp.num_layers - hp.xsa_last_n),
+            *["gated_attention"] * hp.gated_attention,
+        ]
+    assert list(model.embedding_parts) == ["bigram", "norm", "smear"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Roles
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_roles_are_the_submissions(config):
+    """By name: tables, matrices of blocks, projections and gates; everything else is control."""
+    hp = settings(config, attn_bits=5, mlp_bits=4, embed_bits=8)
+    roles = tg.GPT(hp).roles()
+    assert roles.keys() == reference_shapes(hp).keys()
+    for name, role in roles.items():
+        if name == "tok_emb.weight" or name.endswith("embed.weight"):
+            assert role == "embed", name
+        elif ".attn." in name and name.endswith(
+            ("c_q.weight", "c_k.weight", "c_v.weight", "attn.proj.weight")
+        ):
+            assert role == "attn", name
+        elif ".mlp." in name:
+            assert role == "mlp", name
+        else:
+            assert role == ("matrix" if name.endswith(".weight") else "control"), name
+    matrices = {name: {"attn": 15, "mlp": 7}[role] for name, role in roles.items() if role in ("attn", "mlp")}
+    assert tg.GPT(hp).max_codes("matrix") == matrices
+    assert tg.GPT(hp).max_codes("embed") == {name: 127 for name, role in roles.items() if role == "embed"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention kernels
+# ----------------------------------------------------------------------------------------------------------
+
+KERNELS = {name: getattr(tg, name) for name in ("sdpa_attention", "dense_attention", "cpu_attention")}
+KERNELS |= {name: tg.sdpa_by(name, *tg.SDPA_KERNELS) for name in tg.SDPA_KERNELS}
+
+
+@pytest.mark.parametrize("config", ["pr606", "all"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_kernel_equals_the_reference(config, kernel):
+    """A kernel of SDPA that does not run here leaves the work to the next one."""
+    model = build(settings(config)).use(KERNELS[kernel])
+    with torch.no_grad():
+        assert relative_error(model(some_tokens()), expected_logits(config)) <= 1e-5
+
+
+def machine(**changed):
+    hp = settings("all", **dict(device="cpu", dtype="fp32", attention="sdpa") | changed)
+    return hp, tg.World(hp, {})
+
+
+def kernel_that_ran(attend):
+    """The kernel's name in the graph of a call."""
+    q, k, v = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
+    node = attend(q, k, v).grad_fn
+    while "Attention" not in node.name():
+        node = node.next_functions[0][0]
+    return node.name()
+
+
+class Asked(TorchFunctionMode):
+    """Which kernels PyTorch's attention may take, and in which order, at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.orders = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.orders.append(torch._C._get_sdp_priority_order())
+        return func(*args, **(kwargs or {}))
+
+
+def test_sdpa_is_asked_for_the_first_kernel_that_takes_the_input():
+    assert "Flash" in kernel_that_ran(tg.sdpa_by("cudnn", "flash", "math"))
+    with Asked() as asked:
+        tg.sdpa_by("efficient", "math", "flash")(*torch.randn(3, 1, 4, 2, 8))
+    wanted = [int(tg.SDPA_KERNELS[name].value) for name in ("efficient", "math", "flash")]
+    assert asked.orders[0][:3] == wanted
+
+
+def test_the_fastest_kernel_is_taken_and_named(monkeypatch):
+    """Measured where it runs; what does not run on a CPU has no time, whatever its place in the table."""
+    hp, world = machine()
+    assert 0 < tg.time_attention(tg.sdpa_by("flash"), hp, world) < 10_000
+    assert tg.time_attention(tg.sdpa_by("cudnn"), hp, world) == math.inf
+    name, attend = tg.choose_attention(hp, world)
+    assert (
+        name.startswith("flash (ms per layer") and "cudnn inf" in name and "Flash" in kernel_that_ran(attend)
     )
-    for mapping in (
-        {},
-        {"PRESET": "nonsense", "SEED": "x", "ITERATIONS": "-1", "WORLD_SIZE": "many", "DEVICE": "cuda"},
-    ):
-        done = subprocess.run(
-            [sys.executable, "-B", "-c", code],
-            cwd=tmp_path,
-            env=mapping,
-            capture_output=True,
-            text=True,
-            timeout=120,
+    monkeypatch.setitem(tg.SDPA_KERNELS, "flash", tg.SDPA_KERNELS["cudnn"])
+    monkeypatch.setitem(tg.SDPA_KERNELS, "efficient", tg.SDPBackend.FLASH_ATTENTION)
+    name, attend = tg.choose_attention(hp, world)
+    assert (
+        name.startswith("efficient (ms per layer")
+        and "flash inf" in name
+        and "Flash" in kernel_that_ran(attend)
+    )
+
+
+def test_all_ranks_take_the_kernel_of_the_first():
+    """Their clocks differ; here the first rank says the third of the table, which runs nowhere on a CPU."""
+    hp, world = machine()
+    world.broadcast_ = lambda tensor: tensor.fill_(2)
+    name, attend = tg.choose_attention(hp, world)
+    assert name.startswith("efficient ") and "Flash" in kernel_that_ran(
+        attend
+    )  # and leaves the work to the next
+
+
+def test_a_cpu_takes_its_own_kernels():
+    name, attend = tg.choose_attention(*machine(attention="auto"))
+    assert "dense" in name and attend is tg.cpu_attention
+    for dtype, kernel in ((torch.bfloat16, tg.dense_attention), (torch.float32, tg.sdpa_attention)):
+        qkv = torch.randn(3, 1, 40, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert torch.equal(tg.cpu_attention(*qkv), kernel(*qkv))
+    assert not torch.equal(tg.dense_attention(*qkv), tg.sdpa_attention(*qkv))
+
+
+def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch):
+    """In bf16 only, causal, and whatever its build gives back."""
+    interface, calls = types.SimpleNamespace(), []
+    for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
+        interface.flash_attn_func = lambda q, k, v, outputs=outputs, **given: (
+            calls.append(given) or outputs(q + v)
         )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert not list(tmp_path.iterdir())
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
+            tg.choose_attention(*machine(attention="fa3", dtype="bf16"))
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
+            tg.choose_attention(*machine(attention="fa3"))
+        name, attend = tg.choose_attention(*machine(attention="fa3", dtype="bf16", num_kv_heads=4))
+        q, k, v = torch.randn(3, 1, 8, 2, 8)
+        assert name.startswith("flash-attention-3 (ms") and torch.equal(attend(q, k, v), q + v)
+    assert "flash-attention-3" not in tg.choose_attention(*machine(dtype="bf16"))[0]
+    assert calls and all(given == {"causal": True} for given in calls)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Under the compiler
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_compiled_model_is_one_graph_in_which_the_rotary_tables_are_constants():
+    """As operations they would be float64 powers and cosines in every attention kernel, at every step."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, eager = build(ALL_ON).use(tg.sdpa_by("flash", "math")), build(ALL_ON)
+    torch._dynamo.reset()
+    compiled = tg.compiled(model, fullgraph=True, backend=backend)
+    for T in (10, 20):  # another length has other tables
+        tokens = some_tokens()[:, :T]
+        torch.testing.assert_close(compiled(tokens), eager(tokens))
+    used = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op != "placeholder"}
+    assert len(graphs) == 2 and any("sigmoid" in name for name in used)
+    assert not [name for name in used if "cos" in name or "pow" in name or "arange" in name]

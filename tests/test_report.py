@@ -7,20 +7,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import audit
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+import report
+import runs as shared
+from conftest import run_here
 from matplotlib import pyplot as plt
-
-sys.path.insert(0, str(ROOT / "records"))
-import report  # noqa: E402
-import runs as shared  # noqa: E402
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
 TOKENS, BYTES, STEPS = 251_392, 724_039, 200
+TECHNIQUES = {"artifact_sha256": "beef", "techniques": {"xsa": {"loss": 3.0, "loss_without": 3.25}}}
 
 
 def result_of(**changes) -> dict:
@@ -29,7 +30,7 @@ def result_of(**changes) -> dict:
     kinds = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
     matrices = {f"blocks.{n}.{kind}.weight": [2.0, 2.0 * (0.3 + 0.1 * n)] for n in range(3) for kind in kinds}
     errors = {"error_rounding": 4.0, "error": 1.6, "floored_rows": 0}
-    return {
+    result = {
         "preset": "smoke", "seed": 1337, "corpus": "A corpus", "changed": {"matrix_lr": 0.031},
         "params": 785_698, "steps": STEPS, "step_ms": 97.4, "tokens_seen": 819_200, "val_tokens": TOKENS,
         "val_bytes": BYTES, "hardware": "device:1x A GPU threads:1", "world_size": 1,
@@ -38,39 +39,45 @@ def result_of(**changes) -> dict:
         "val_loss": {"float": 3.2404, "roundtrip": 3.2426, "sliding": 3.0556, "ttt": 3.0125},
         "artifact": {
             "model_bytes": 900_000, "code_bytes": 100_000, "total_bytes": 1_000_000, "limit": 16_000_000,
-            "sections": {"attn.15": {"bytes": 300_000, "entropy_bytes": 290_000},
-                         "embed.127": {"bytes": 595_000, "entropy_bytes": 590_000},
-                         "header": {"bytes": 5_000}},
+            "sections": {"attn.15": {"bytes": 300_000, "plain_bytes": 800_000},
+                         "embed.127": {"bytes": 595_000, "plain_bytes": 900_000},
+                         "raw.float16": {"bytes": 4_000, "plain_bytes": 4_000},
+                         "header": {"bytes": 1_000}},
             "sha256": "beef"},
         "budget": {
             "training": clock | {"used": 598.0, "uncounted": {"warm-up": 3.0},
                                  "counted": {"train": 590.0, "calibrate": 8.0}},
             "evaluation": clock | {"used": 540.0, "uncounted": {}, "counted": {"ttt": 540.0}}},
         "proofs": {
-            "techniques": {"xsa": {"loss": 3.0, "loss_without": 3.25, "layers": 3}},
             "qat": {"first_step": 150, "distance_before": 0.248, "distance_raw": 0.154, "loss": 3.0,
                     "loss_rounded": 3.004},
             "averaging": {"exported": "ema", "distance_from_raw": 0.0386},
             "quantizer": {"attn": errors, "mlp": errors, "matrices": matrices},
             "ttt": {"chunks": 31, "steps": 120, "untrained_from_chunk": None, "weight_change": 0.0176,
                     "parameters": 785_698}},
-    } | changes
+    }  # fmt: skip
+    return result | changes
 
 
 def metrics(steps: int = STEPS) -> list[dict]:
     """A falling loss, two validations, a running score."""
-    train = [{"event": "train", "step": step, "loss": 3 + 4 * math.exp(-step / 20), "seconds": 0.1 * step,
-              "lr_scale": min(1.0, 2 * (steps - step + 1) / steps)} for step in range(1, steps + 1)]
-    between = [{"event": "validation", "step": step, "loss": 3.3, "bpb": 1.65, "seconds": 6.0}
-               for step in (60, 120)]
-    ttt = [{"event": "ttt", "step": i, "bpb": 1.55 - 0.001 * i, "positions": 8192 * (i + 1), "seconds": i}
-           for i in range(30)]
+    loss = lambda step: 3 + 4 * math.exp(-step / 20)
+    scale = lambda step: min(1.0, 2 * (steps - step + 1) / steps)
+    row = lambda event, step, **values: {"event": event, "step": step} | values
+    train = [
+        row("train", step, loss=loss(step), seconds=0.1 * step, lr_scale=scale(step))
+        for step in range(1, steps + 1)
+    ]
+    between = [row("validation", step, loss=3.3, bpb=1.65, seconds=6.0) for step in (60, 120)]
+    ttt = [row("ttt", i, bpb=1.55 - 0.001 * i, positions=8192 * (i + 1), seconds=i) for i in range(30)]
     return train + between + ttt
 
 
-def write_run(folder: Path, rows=None, **changes) -> shared.Run:
+def write_run(folder: Path, rows=None, techniques=TECHNIQUES, **changes) -> shared.Run:
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result_of(**changes)))
+    if techniques:
+        (folder / "techniques.json").write_text(json.dumps(techniques))
     lines = [json.dumps(row) for row in (metrics() if rows is None else rows)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return shared.Run.open(folder)
@@ -112,10 +119,11 @@ def test_the_page_holds_every_part(full_page):
     for part in (
         "Score", "Training", "Bytes", "Quantisation error", "Clocks", "Proofs", "Settings", "Machine",
         "1.62310", "+0.0011", "-0.0935", "-0.0215", "3.0125 nats", "1,000,000 of 16,000,000 bytes, 6.2 %",
-        "attention, codes within ±15 300,000 B", "code 100,000 B", "1.017 of their order-0 entropy",
+        "attention, codes within ±15 300,000 B", "code 100,000 B", "a code takes 4.21 bits on average",
         "attention 0.400 overall", "0.30", "0.50", "598.0 s of 600 s", "calibrate 8.0 s", "warm-up 3.0 s",
         "xsa +0.2500", "from step 150", "0.248 to 0.154", "3.86 %", "31 chunks", "MATRIX_LR 0.031",
-        "1x A GPU", "c0ffee", "97.4", "QAT", "EMA"):
+        "1x A GPU", "c0ffee", "97.4", "QAT", "EMA",
+    ):  # fmt: skip
         assert part in text, part
     assert "class='chip'" not in full_page  # a run alone needs no name at every table
     assert "over the limit" not in text and "exceeded" not in text
@@ -141,12 +149,13 @@ def test_the_page_needs_nothing_else(full_page):
     [
         (without(result_of(), "proofs", "qat"), None, "from step 150"),
         (without(result_of(), "proofs", "quantizer"), None, "Quantisation error"),
-        (without(result_of(), "proofs", "techniques"), None, "xsa +0.2500"),
+        ({"techniques": None}, None, "xsa +0.2500"),
+        ({"techniques": TECHNIQUES | {"artifact_sha256": "another"}}, None, "xsa +0.2500"),
         (without(result_of(), "budget", "evaluation"), None, "540.0 s of 600 s"),
         ({}, [row for row in metrics() if row["event"] != "ttt"], "Score so far"),
         ({}, [row for row in metrics() if row["event"] != "validation"], "circles: validation"),
         ({}, [], "Training loss as measured"),
-        ({"artifact": {}}, None, "order-0 entropy"),
+        ({"artifact": {}}, None, "bits on average"),
         ({"changed": {}}, None, "MATRIX_LR 0.031"),
     ],
 )
@@ -203,7 +212,7 @@ def test_the_difference_to_the_first_run_has_a_panel_of_its_own(tmp_path, full):
 
 def test_settings_are_the_runs_own_not_this_checkouts(tmp_path):
     """result.json's settings count, whatever the presets are; those of scoring are of the last evaluation."""
-    own = {"preset": "gone", "ve_layers": [1, 2], "ttt_lr": 0.1, "ema_decay": 0.98, "ignored": ["EMBED_LR"]}
+    own = {"preset": "gone", "ve_layers": [1, 2], "ttt_lr": 0.1, "ema_decay": 0.98}
     again = {"settings": own | {"ttt_lr": 0.7, "ema_decay": 0.5}, "preset": "gone", "changed": {}}
     run = write_run(tmp_path / "run", preset="gone", changed={}, settings=own, scored_with=again)
     assert run.settings == {"preset": "gone", "ve_layers": (1, 2), "ttt_lr": 0.7, "ema_decay": 0.98}
@@ -220,8 +229,12 @@ def test_short_names_tell_runs_apart():
     assert short("p-20260101-120000", "p-20260102-120000") == ["20260101", "20260102"]
 
 
-def test_names_and_corpora_are_escaped(tmp_path):
-    html = report.page([write_run(tmp_path / "a&b <i>$x$", corpus="<script>alert(1)</script>")])
+def test_names_and_corpora_are_escaped(tmp_path, full, request):
+    odd = write_run(tmp_path / "a&b <i>$x$", corpus="<script>alert(1)</script>")
+    drawn = report.as_svg(report.draw_loss([full, odd], report.NARROW), "loss")
+    assert "a&b <i>$x$" in [text.text for text in ElementTree.fromstring(drawn).iter() if text.text]
+    request.getfixturevalue("undrawn")
+    html = report.page([odd])
     assert "<script" not in html and "&lt;script&gt;" in html and "a&amp;b &lt;i&gt;" in html
 
 
@@ -296,7 +309,7 @@ def call(monkeypatch, capsys, *words):
     return status, captured.out, captured.err
 
 
-def test_files_of_the_command_line(tmp_path, monkeypatch, capsys):
+def test_files_of_the_command_line(tmp_path, monkeypatch, capsys, undrawn):
     a, b = (write_run(tmp_path / name).folder for name in "ab")
     status, out, err = call(monkeypatch, capsys, a, b)
     assert status == 0 and not err and str(a / "report.html") in out
@@ -307,11 +320,19 @@ def test_files_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert status == 0 and (tmp_path / "both.html").is_file() and (tmp_path / "both.png").is_file()
 
 
-@pytest.mark.parametrize("words, part", [
-    (["nowhere"], "no result.json"), (["a", "a"], "named twice"), (["a", "--out", "a.pdf"], "name it .html"),
-    (["a", "--out", "missing/a.html"], "missing")])
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["nowhere"], "no result.json"),
+        (["a", "a"], "named twice"),
+        (["a", "--out", "a.pdf"], "name it .html"),
+        (["a", "--out", "missing/a.html"], "missing"),
+        (["b"], "techniques.json is damaged"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, undrawn, words, part):
     write_run(tmp_path / "a")
+    write_run(tmp_path / "b", techniques={"artifact_sha256": "beef"})
     monkeypatch.chdir(tmp_path)
     status, out, err = call(monkeypatch, capsys, *words)
     assert status == 1 and not out and err.startswith("error:") and len(err.splitlines()) == 1 and part in err
@@ -324,17 +345,21 @@ def test_matplotlib_missing_is_one_line(tmp_path, monkeypatch, capsys):
     assert status == 1 and err.startswith("error: matplotlib is missing; pip install")
 
 
-def test_report_of_a_real_run(tmp_path, tiny):
-    """What the script writes is what the page reads: every part is there."""
-    short = {"ITERATIONS": "12", "WARMDOWN_ITERS": "8", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "6"}
-    done = run_script(tmp_path, tiny | short | {"RUN_ID": "real"})
-    assert done.returncode == 0, done.stderr
-    run = shared.Run.open(tmp_path / "logs/real")
+@pytest.mark.whole
+def test_report_of_a_real_run(tmp_path, tiny, undrawn):
+    """What the script and the audit write is what the page reads: every part is there."""
+    short = {"ITERATIONS": "12", "WARMDOWN_ITERS": "8", "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "11"}
+    short |= {"EVAL_STRIDE": "128", "TTT_CHUNK_TOKENS": "4096"}
+    assert run_here(tmp_path, tiny | short | {"RUN_ID": "real"}) == 0
+    folder = tmp_path / "logs/real"
+    assert audit.main([str(folder / "artifact.bin"), "--techniques"]) == 0
+    run = shared.Run.open(folder)
     text = text_of(report.page([run]))
     for part in (
         "Score", "circles: validation", "dotted: QAT starts", "Score so far", "Time per step", "embeddings",
-        "their order-0 entropy", "mlp.proj", "Clocks", "value residual", "QAT from step", "Averaging : ema",
-        "Test-time training :", "MODEL_DIM 64", f"{run.bpb['ttt']:.5f}"):
+        "a code takes", "mlp.proj", "Clocks", "value residual", "QAT from step", "Averaging : ema",
+        "Test-time training :", "MODEL_DIM 64", f"{run.bpb['ttt']:.5f}",
+    ):  # fmt: skip
         assert part in text, part
 
 

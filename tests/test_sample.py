@@ -4,22 +4,19 @@ import subprocess
 import sys
 
 import pytest
+import runs as shared
+import sample
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-import runs as shared  # noqa: E402
-import sample  # noqa: E402
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.5])
 
 
-def draws(count, **options):
+def draws(count, temperature=1.0, top_p=1.0):
     generator = torch.Generator().manual_seed(1)
-    options = {"temperature": 1.0, "top_p": 1.0} | options
-    return [sample.choose(LOGITS, **options, generator=generator) for _ in range(count)]
+    return [sample.choose(LOGITS, temperature, top_p, generator) for _ in range(count)]
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -83,8 +80,7 @@ def run(tmp_path_factory, tiny):
     """A trained and packed model."""
     folder = tmp_path_factory.mktemp("sample")
     short = {"RUN_ID": "run", "STAGES": "train,quantize", "ITERATIONS": "8", "WARMUP_STEPS": "0"}
-    done = run_script(folder, tiny | short)
-    assert done.returncode == 0, done.stderr
+    assert run_here(folder, tiny | short) == 0
     return folder / "logs" / "run"
 
 
@@ -95,6 +91,7 @@ def speak(capsys, monkeypatch, *words):
     return status, captured.out, captured.err
 
 
+@pytest.mark.whole
 def test_the_packed_model_speaks(run, capsys, monkeypatch):
     def text(*words):
         status, out, err = speak(capsys, monkeypatch, run, "--tokens", 12, *words)
@@ -108,6 +105,7 @@ def test_the_packed_model_speaks(run, capsys, monkeypatch):
     assert text("--temperature", 0, "--seed", 3) == text("--temperature", 0, "--seed", 4) != text("--seed", 3)
 
 
+@pytest.mark.whole
 def test_samples_come_from_the_artifact(run, capsys, monkeypatch, tmp_path, tiny):
     """Another model in artifact.bin says something else; none, or half of one, says what to do."""
     copy = tmp_path / "logs" / "copy"
@@ -125,6 +123,7 @@ def test_samples_come_from_the_artifact(run, capsys, monkeypatch, tmp_path, tiny
     assert speak(capsys, monkeypatch, copy, *options)[1] != speak(capsys, monkeypatch, run, *options)[1]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "words, part",
     [
@@ -139,6 +138,7 @@ def test_mistakes_are_one_line(run, capsys, monkeypatch, words, part):
     assert status == 1 and not out and err.startswith("error:") and len(err.splitlines()) == 1 and part in err
 
 
+@pytest.mark.whole
 def test_command_line_of_an_empty_folder(tmp_path):
     command = [sys.executable, str(ROOT / "records/sample.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
