@@ -1,8 +1,8 @@
 """train_gpt.py: tokenised text in, a scored language model of at most 16,000,000 bytes out.
 
 A GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and #601
-(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights, quantises
-them with GPTQ, packs them into one file, throws the model away, loads the file and scores it.
+(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights,
+quantises them with GPTQ, packs them into one file, throws the model away, loads it and scores it.
 
     python train_gpt.py                                              one process: CPU or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py            8xH100, PRESET=pr606 (the default)
