@@ -1,14 +1,14 @@
 """train_gpt.py: tokenised text in, a scored language model of at most 16,000,000 bytes out.
 
 A GPT for OpenAI's Parameter Golf challenge, after submissions #606 (int5 GPTQ, soft-round QAT) and #601
-(value residual, gated attention, late QAT). One run trains with Muon and AdamW, averages the weights,
-quantises them with GPTQ, packs them into one file, throws the model away, loads it and scores it.
+(value residual, gated attention, late QAT). One run trains, averages the weights, quantises and packs them
+into one file, throws the model away, loads the file and scores it.
 
-    python train_gpt.py                                              one process: CPU or one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt.py            8xH100, PRESET=pr606 (the default)
-    PRESET=smoke python train_gpt.py                                 two CPU cores, a few minutes
-    ARTIFACT=logs/RUN/artifact.bin STAGES=evaluate python train_gpt.py     score an artifact, nothing else
-    python train_gpt.py --help                                       every setting: an environment variable
+    python train_gpt.py                                    one process: CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py  8xH100, PRESET=pr606 (the default)
+    PRESET=smoke python train_gpt.py                       two CPU cores, a few minutes
+    ARTIFACT=FILE STAGES=evaluate python train_gpt.py      score an artifact, nothing else
+    python train_gpt.py --help                             every setting: an environment variable
 
 A run writes logs/<RUN_ID>/: log.txt, metrics.jsonl, result.json, model.pt, artifact.bin, and checkpoint.pt.
 
@@ -60,25 +60,24 @@ except ImportError as missing:  # a silent fallback from zstd to zlib has put ar
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: printed as it stands, without a traceback."""
+    """A user's mistake: printed as it stands, without a traceback."""
 
 
 # ------------------------------------------------------------------------------------------
 # 1 Settings
-#
-# The environment goes over the preset, the preset over the default. Every mistake is reported at once: a
-# misspelt name that is silently ignored makes a run that was not what it said.
+# The environment goes over the preset, the preset over the default. All mistakes are reported at once: a
+# misspelt name that is ignored makes a run that was not what it said.
 
 # An artifact holds the settings of the model; a resumed run may change those of the run and of the score.
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
-FACTS = ("scope", "meaning", "within", "choices", "off")
 COUNT = "[1, inf)"
 
 
 def setting(scope: str, default, meaning: str, within: str = "[0, inf)", choices: tuple = (), off=None):
-    """A field with its scope, meaning, interval or choices, and the value that switches a technique off."""
-    return field(default=default, metadata=dict(zip(FACTS, (scope, meaning, within, choices, off))))
+    """A field with its scope, meaning, interval or choices, and the value that is off."""
+    facts = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
+    return field(default=default, metadata=facts)
 
 
 _run, _model, _train, _quantise, _score = (partial(setting, scope) for scope in SCOPES)
@@ -109,15 +108,14 @@ PRESETS: dict[str, dict[str, object]] = {
     ),
 }
 
-# Names of the submissions that are spelt otherwise here.
+# The submissions' other spellings.
 SPELLINGS = {
     "BIGRAM_BUCKETS": "bigram_vocab_size", "XSA_LAYERS": "xsa_last_n", "PARTIAL_ROPE_DIMS": "rope_dims",
     "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
     "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
-    "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
-    "TTT_COSINE_LR": "ttt_schedule", "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule",
-    "INT5_MLP": "mlp_bits", "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging",
-    "SWA_ENABLED": "averaging", "LATE_QAT": "late_qat_threshold",
+    "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens", "TTT_COSINE_LR": "ttt_schedule",
+    "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule", "INT5_MLP": "mlp_bits", "SWA_ENABLED": "averaging",
+    "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging", "LATE_QAT": "late_qat_threshold",
 }
 # What such a switch says of its setting; None says nothing.
 SWITCHES = {
@@ -126,7 +124,7 @@ SWITCHES = {
     "BIGRAM_HASH": {"1": None, "0": "0"}, "EMA_ENABLED": {"1": "ema", "0": "none"},
     "SWA_ENABLED": {"1": "swa", "0": None}, "LATE_QAT": {"1": None, "0": "0"},
 }
-# Techniques that are not carried, constants, and run.sh's own: the one value that may be said.
+# Techniques not carried, constants, run.sh's own: the one value that may be said.
 FIXED = {
     "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "BETA1": "0.9", "ADAM_EPS": "1e-8",
     "MUON_BACKEND_STEPS": "5", "TIED_EMBED_INIT_STD": "0.005", "SGD_TTT_SEQ_LEN": "1024",
@@ -134,7 +132,7 @@ FIXED = {
         USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 GPTQ_LITE_SEARCH
         INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), "0"), "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
 }
-# Read by the submissions without effect: accepted, and logged as ignored.
+# Without effect in the submissions: accepted, and logged as ignored.
 IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
                  "GPTQ_LITE_GRID", "GPTQ_CALIB_BATCHES", "VAL_BATCH_SIZE", "POLYAK_DECAY")
 OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
@@ -151,7 +149,7 @@ def _edits(a: str, b: str) -> int:
 
 def _parse(text: str, like: object) -> object:
     if isinstance(like, bool):
-        return bool(("0", "1").index(text))
+        return ("0", "1", "false", "true").index(text.lower()) % 2 == 1
     if isinstance(like, tuple):
         return tuple(int(part) for part in text.split(",") if part.strip())
     return type(like)(text)
@@ -159,56 +157,53 @@ def _parse(text: str, like: object) -> object:
 
 def _inside(value: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
-    at_open_end = value == low and "(" in interval or value == high and ")" in interval
-    return low <= value <= high and not at_open_end
+    return low < value < high or value == low and "[" in interval or value == high and "]" in interval
 
 
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Unknown names that were probably meant as settings: errors, and for common words warnings."""
+    """Unknown names that were meant as settings: errors, and for common words warnings."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
     for name in sorted(set(env) - known):
-        near = {other: _edits(name, other) for other in sorted(known) if abs(len(other) - len(name)) <= 2}
-        meant = min(near, key=near.get, default=None)
-        if meant and near[meant] <= 2:
+        near = ((_edits(name, other), other) for other in known if abs(len(other) - len(name)) <= 2)
+        distance, meant = min(near, default=(3, ""))
+        if distance <= 2:
             sure = name.startswith(OWN_PREFIXES) or len(name) > 5 and "_" in name
             (errors if sure else cautions).append(f"{name} is not a setting; did you mean {meant}?")
     return errors, cautions
 
 
 def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) -> tuple[str, object] | None:
-    """The setting that a name means, and its value; None where it says nothing."""
+    """The setting that a name means, and its value; None for nothing; ValueError or KeyError."""
     plain, only = {"true": "1", "false": "0"}.get(text.lower(), text), FIXED.get(name)
-    same = plain == only or only and plain[-1:].isdigit() and float(plain) == float(only)
-    if only is not None and text and not same:
-        hint = f", or set {name}={only}" * bool(only)
-        raise UserError(f"{name}={text} is not for this script; leave it out{hint}")
+    if only is not None and text and (not only or float(plain) != float(only)):
+        raise ValueError
     key = SPELLINGS.get(name, name.lower() if name.isupper() else "")
     if key not in fields or not text:
         return None
-    said = SWITCHES[name][plain] if name in SWITCHES else plain if fields[key].type == "bool" else text
+    said = SWITCHES[name][plain] if name in SWITCHES else text
     return None if said is None else (key, _parse(said, fields[key].default))
 
 
 def conflicts(hp: Hyperparameters) -> list[str]:
     """A line for every combination of values that no run can use."""
-    stages, layers = hp.stages.split(","), set(range(hp.num_layers))
+    stages, layers = hp.stages.split(","), range(hp.num_layers)
     return [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
-        (hp.ve_enabled and not 0 < len(set(hp.ve_layers) & layers) == len(hp.ve_layers),
-         f"VE_LAYERS must name different layers of 0..{len(layers) - 1}; VE_ENABLED=0 needs none"),
+        (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
+         f"VE_LAYERS must be different layers of 0..{layers[-1]}, or VE_ENABLED=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
         (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
-         "TTT_FREEZE_BLOCKS (the blocks that are trained) must be at most NUM_LAYERS"),
+         "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
-         f"STEP_RULE={hp.step_rule} exports other steps than QAT trains on; set LATE_QAT_THRESHOLD=0"),
+         f"STEP_RULE={hp.step_rule} is not what QAT trains on; set LATE_QAT_THRESHOLD=0"),
         (Path(hp.run_id).name != hp.run_id or hp.run_id == "..", "RUN_ID must name a folder under logs/"),
-        (not set(stages) <= set(STAGES), f"STAGES={hp.stages}: use {', '.join(STAGES)}, separated by commas"),
+        (not set(stages) <= set(STAGES), f"STAGES={hp.stages}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
 
@@ -226,84 +221,81 @@ def problems(hp: Hyperparameters) -> list[str]:
 
 
 def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Field]) -> tuple[dict, list]:
-    """The settings that an environment gives, and a line for every mistake."""
+    """What an environment sets, and a line for every mistake."""
     given, errors = {}, doubtful_names(env, fields)[0]
     overruled = {"GPTQ_LITE"} if env.get("FULL_GPTQ") == "1" else set()  # #601's full path never asks for it
     for name in env.keys() - overruled:
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
-        except UserError as error:
-            errors.append(str(error))
         except (ValueError, KeyError):
-            errors.append(f"{name}={env[name]} is not a value that it can have; see --help")
+            errors.append(f"{name}={env[name]} is not for this script; leave it out, or see --help")
         else:
-            first = given.setdefault(key, (name, value))
-            if first[0] != name and first[1] != value:
-                errors.append(f"{first[0]} and {name} say different things; set one of them")
+            other, earlier = given.setdefault(key, (name, value))
+            if other != name and earlier != value:
+                errors.append(f"{other} and {name} say different things; set one of them")
     return {key: value for key, (_, value) in given.items() if key}, errors
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """Every setting of a run; the environment variable is the field's name in capitals."""
-
-    preset: str = _run("pr606", "set of defaults", choices=tuple(PRESETS))
+    preset: str = _run("pr606", "set of defaults", choices=(*PRESETS,))
     run_id: str = _run("", "folder under logs/ (empty: preset-seed-time)")
-    stages: str = _run("train,quantize,evaluate", "parts of the pipeline to run")
-    artifact: str = _run("", "file to score with STAGES=evaluate (empty: the run's own)")
-    resume: bool = _run(False, "continue the interrupted run RUN_ID from its checkpoint")
+    stages: str = _run("train,quantize,evaluate", "parts to run")
+    artifact: str = _run("", "file to score (empty: the run's own)")
+    resume: bool = _run(False, "continue the run RUN_ID from its checkpoint")
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
-    dtype: str = _run("auto", "arithmetic of the matrix products", choices=("auto", "bf16", "fp32"))
+    dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
     attention: str = _run("auto", "attention kernel", choices=("auto", "fa3", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
-    val_loss_every: int = _run(4000, "steps between validations while training (0: none)")
+    val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
     grad_accum_steps: int = _run(0, "micro-steps per step and rank (0: what fits)")
 
-    vocab_size: int = _model(1024, "V, rows of the tied embedding; shards hold 16-bit ids", "[1, 65536]")
-    num_layers: int = _model(11, "blocks; the first half feeds skips to the second", COUNT)
+    vocab_size: int = _model(1024, "V, vocabulary; shards hold 16-bit ids", "[1, 65536]")
+    num_layers: int = _model(11, "blocks", COUNT)
     model_dim: int = _model(512, "D, width of the residual stream", COUNT)
     num_heads: int = _model(8, "H, query heads", COUNT)
     num_kv_heads: int = _model(8, "G, key and value heads", COUNT)
     mlp_mult: float = _model(3.5, "MLP width in units of D", COUNT)
-    mlp_slope: float = _model(0.5, "negative slope of the LeakyReLU that is squared")
+    mlp_slope: float = _model(0.5, "slope below zero of the squared ReLU")
     rope_base: float = _model(10000.0, "RoPE base frequency", COUNT)
     rope_dims: int = _model(16, "dimensions of a head that RoPE turns")
-    rope_ntk_reference: int = _model(1024, "window length above which the RoPE base grows (0: never)")
-    logit_softcap: float = _model(30.0, "logits are squashed into +- this by tanh", "(0, inf)")
+    rope_ntk_reference: int = _model(1024, "T above which the RoPE base grows (0: never)")
+    logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "(0, inf)")
     xsa_last_n: int = _model(11, "last layers with exclusive self attention", off=0)
-    ln_scale: bool = _model(True, "divide a block's normed input by sqrt(layer + 1)", off=False)
+    ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
     smear_gate: bool = _model(True, "mix each embedding with the previous one", off=False)
-    smear_reset_at_bos: bool = _model(False, "the embedding before a document's first is zero", off=False)
+    smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
     bigram_dim: int = _model(128, "width of the bigram table", COUNT)
     ve_enabled: bool = _model(True, "add a shared value embedding to V", off=False)
-    ve_dim: int = _model(128, "width of the value embedding table", COUNT)
+    ve_dim: int = _model(128, "width of the value embedding", COUNT)
     ve_layers: tuple[int, ...] = _model((9, 10), "layers that get the value embedding")
     value_residual: bool = _model(False, "mix the first layer's V into every later one", off=False)
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
 
-    seed: int = _train(1337, "seeds Python, NumPy and torch", f"[0, {2 ** 32})")
+    seed: int = _train(1337, "of Python, NumPy and torch", f"[0, {2 ** 32})")
     data_path: str = _train("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = _train("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    qk_gain_init: float = _train(1.5, "initial gain of the normalised queries, per head")
+    qk_gain_init: float = _train(1.5, "initial gain of the queries")
     ortho_init: bool = _train(True, "orthogonal initial matrices", off=False)
     iterations: int = _train(20000, "steps, at most", COUNT)
     max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: none)")
     warmup_steps: int = _train(20, "uncounted first steps, undone afterwards")
-    warmdown_iters: int = _train(3500, "last steps, while the learning rate falls to 0")
+    warmdown_iters: int = _train(3500, "steps of the learning rate's fall to 0")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
-    tied_embed_lr: float = _train(0.035, "AdamW learning rate of the embedding tables")
+    tied_embed_lr: float = _train(0.035, "AdamW learning rate of the tables")
     matrix_lr: float = _train(0.025, "Muon learning rate of the matrices")
-    scalar_lr: float = _train(0.025, "AdamW learning rate of gains, gates and scales")
+    scalar_lr: float = _train(0.025, "AdamW learning rate of the rest")
     muon_momentum: float = _train(0.99, "Muon momentum after its warm-up", "[0, 1)")
     muon_momentum_warmup_start: float = _train(0.92, "Muon momentum at step 0", "[0, 1)")
-    muon_momentum_warmup_steps: int = _train(1500, "steps of the momentum warm-up")
-    muon_row_norm: bool = _train(False, "give every row of a Muon update length 1 (#601)")
-    muon_wd: float = _train(0.04, "decoupled weight decay of the matrices")
-    adam_wd: float = _train(0.04, "decoupled weight decay of everything else")
+    muon_momentum_warmup_steps: int = _train(1500, "steps of that warm-up")
+    muon_row_norm: bool = _train(False, "Muon's updates have rows of length 1 (#601)")
+    muon_wd: float = _train(0.04, "weight decay of the matrices")
+    adam_wd: float = _train(0.04, "weight decay of the rest")
     beta2: float = _train(0.95, "AdamW second moment", "[0, 1)")
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
     averaging: str = _train("ema", "weights that are exported", choices=("ema", "swa", "none"), off="none")
@@ -311,71 +303,63 @@ class Hyperparameters:
     swa_every: int = _train(50, "steps between SWA snapshots", COUNT)
     swa_threshold: float = _train(0.2, "learning-rate scale below which they are taken")
     late_qat_threshold: float = _train(0.5, "learning-rate scale below which QAT runs (0: never)", off=0.0)
-    soft_round_qat: bool = _train(True, "soft rounding (0: hard rounding, straight-through)", off=False)
-    soft_round_alpha: float = _train(16.0, "sharpness that soft rounding reaches at the end, from 1")
+    soft_round_qat: bool = _train(True, "soft rounding in QAT (0: hard)", off=False)
+    soft_round_alpha: float = _train(16.0, "last sharpness of soft rounding, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "a row's step: by its largest weight, the best clip, or GPTQ-lite's",
-                               choices=("absmax", "clip", "lite"))
+    step_rule: str = _quantise("absmax", "what sets a row's step", choices=("absmax", "clip", "lite"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
     prune_pct: float = _quantise(0.02, "share of the smallest weights that become zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
-    artifact_limit: int = _quantise(16_000_000, "bytes of code and model together, at most", COUNT)
+    artifact_limit: int = _quantise(16_000_000, "bytes of code and model, at most", COUNT)
 
     eval_seq_len: int = _score(2048, "T while scoring", COUNT)
-    eval_stride: int = _score(32, "tokens between the starts of sliding windows", COUNT)
+    eval_stride: int = _score(32, "tokens between sliding windows", COUNT)
     skip_sliding: bool = _score(True, "no sliding score without test-time training")
-    eval_seconds: float = _score(600.0, "evaluation clock, for which TTT stops training in time (0: none)")
+    eval_seconds: float = _score(600.0, "evaluation clock, in time for which TTT stops (0: none)")
     ttt_enabled: bool = _score(True, "score-first test-time training", off=False)
     ttt_optimizer: str = _score("adamw", "optimiser of TTT", choices=("adamw", "sgd"))
     ttt_lr: float = _score(1e-4, "learning rate at the first chunk")
     ttt_momentum: float = _score(0.9, "momentum of sgd")
-    ttt_epochs: int = _score(3, "passes over a chunk once it is scored", COUNT)
+    ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "the last blocks and all scales, or control tensors, or all",
-                             choices=("blocks", "control", "all"))
-    ttt_freeze_blocks: int = _score(2, "the last N blocks are trained; the name is #606's")
-    ttt_schedule: str = _score("run", "cosine over the run's chunks, over a chunk's steps, or constant",
-                               choices=("run", "chunk", "constant"))
+    ttt_params: str = _score("blocks", "what TTT trains", choices=("blocks", "control", "all"))
+    ttt_freeze_blocks: int = _score(2, "last blocks that are trained (#606's name)")
+    ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_perlayer_lr: bool = _score(False, "mlp.proj at 3x and mlp.fc at 0.5x the rate (#601)")
-    ttt_temperature: float = _score(0.98, "lowest adaptive temperature, at zero entropy (1: off)", off=1.0)
+    ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
 
     @staticmethod
     def fields(*scopes: str) -> dict[str, dataclasses.Field]:
-        """The settings of the given scopes, or all, by name."""
+        """By name, those of the given scopes, or all."""
         return {f.name: f for f in dataclasses.fields(Hyperparameters)
                 if not scopes or f.metadata["scope"] in scopes}
 
     @staticmethod
     def from_env(env: Mapping[str, str]) -> Hyperparameters:
-        """Settings from a mapping of names to strings alone; ValueError with a line for every mistake."""
+        """Settings from a mapping alone; ValueError with a line for every mistake."""
         given, errors = read_environment(env, Hyperparameters.fields())
-        preset = given.get("preset", "pr606")
-        if preset not in PRESETS:
-            raise UserError(f"PRESET={preset} is unknown; choose one of {', '.join(PRESETS)}")
-        hp = Hyperparameters(**{**PRESETS[preset], **given})
+        hp = Hyperparameters(**PRESETS.get(given.get("preset"), {}) | given)
         if errors := [*errors, *problems(hp)]:
             raise UserError("\n".join(errors))
         return hp
 
     def changed(self) -> dict[str, object]:
-        """The settings that differ from the preset."""
-        usual = {name: f.default for name, f in self.fields().items()} | PRESETS[self.preset]
-        usual["preset"] = self.preset
+        usual = vars(Hyperparameters(preset=self.preset, **PRESETS[self.preset]))
         return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
 def settings_table() -> str:
     """Every setting with its value in each preset, in Markdown."""
-    show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else \
-        f"{value:g}" if isinstance(value, (bool, float)) else str(value) or '""'
+    show = lambda value: f"{value:g}" if isinstance(value, (bool, float)) else str(value).strip("()") or '""'
+    presets = [Hyperparameters(preset=preset, **given) for preset, given in PRESETS.items()]
     rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
-        values = [show({"preset": preset, **given}.get(name, f.default)) for preset, given in PRESETS.items()]
         choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
+        values = (show(getattr(hp, name)) for hp in presets)
         rows.append((name.upper(), *values, f.metadata["meaning"] + choices))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
@@ -383,13 +367,11 @@ def settings_table() -> str:
 
 # ------------------------------------------------------------------------------------------
 # 2 Machine
-#
 # `World` is this process among its equals: alone, every operation is the identity. What was tuned to a kind
-# of device stands in one table, and nothing below asks what the device is.
+# of device stands in one table.
 
 class RMSNorm(torch.autograd.Function):
     """F.rms_norm without a weight, its scale in the dtype of x: three times faster on a CPU."""
-
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)  # vecdot's would be bf16 under autocast
@@ -406,11 +388,6 @@ class RMSNorm(torch.autograd.Function):
         return torch.addcmul(to_y, y, along, value=-1) * scale
 
 
-def stock_rms_norm(x: Tensor) -> Tensor:
-    """PyTorch's, in the dtype of x: CUDA's autocast would make the whole stream float32."""
-    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
-
-
 def key_values(values: Mapping[str, object]) -> str:
     """A mapping in the log's grammar."""
     show = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
@@ -420,18 +397,19 @@ def key_values(values: Mapping[str, object]) -> str:
 @dataclass(frozen=True)
 class Tuning:
     """What was tuned to a kind of device; on a CPU a batch should stay in its caches."""
-
     norm: Callable[[Tensor], Tensor]
     logits: int   # elements of the logits held at a time while training
     scored: int   # positions whose logits are held at a time while scoring
     scoring: int  # activations of the stream in a scoring batch; twice as many in a micro-batch
-    probe: int    # rows of the square matrices that measure the device's rate
-    lag: int      # steps after which a step's loss is read, so that the host never waits
+    probe: int    # rows of the matrices that measure the device's rate
+    lag: int      # steps by which losses are read late, so that the host never waits
 
 
 TUNING = {
     "cpu": Tuning(RMSNorm.apply, logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
-    "cuda": Tuning(stock_rms_norm, logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
+    # back to the dtype of x: CUDA's autocast would make the whole stream float32
+    "cuda": Tuning(lambda x: F.rms_norm(x, (x.size(-1),)).to(x.dtype),
+                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
 }
 
 
@@ -441,22 +419,20 @@ def tuning_of(x: Tensor) -> Tuning:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square in the last dimension, in the dtype of x."""
+    """x over its root mean square in the last dimension."""
     return TUNING[x.device.type].norm(x)
 
 
 class World:
     """Rank, size and device of this process, and the collectives that a run needs."""
-
     def __init__(self, hp: Hyperparameters, env: Mapping[str, str]):
-        self.rank, self.size, local = (
-            int(env.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.grouped, devices = self.size > 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local, devices, self.grouped = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count(), self.size > 1
         self.on_cuda = hp.device == "cuda" or hp.device == "auto" and devices > 0
         if self.on_cuda and local >= devices:
-            raise UserError(f"{local + 1} processes want a CUDA device here, but PyTorch sees {devices}; "
-                            f"lower --nproc_per_node (NPROC), install torch for CUDA, or set DEVICE=cpu")
-        self.device = torch.device("cuda", local) if self.on_cuda else torch.device("cpu")
+            raise UserError(f"{local + 1} processes want a CUDA device, but PyTorch sees {devices}; lower "
+                            f"--nproc_per_node (NPROC), install torch for CUDA, or set DEVICE=cpu")
+        self.device = torch.device(f"cuda:{local}" if self.on_cuda else "cpu")
         self.tuning = TUNING[self.device.type]
         if self.on_cuda:
             torch.cuda.set_device(self.device)
@@ -468,7 +444,6 @@ class World:
             dist.init_process_group("nccl" if self.on_cuda else "gloo", timeout=timedelta(minutes=20))
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
         if self.grouped:
             dist.all_reduce(tensor)
         return tensor
@@ -486,18 +461,18 @@ class World:
         return tensor
 
     def gather(self, part: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """All ranks' parts one after the other, and what waits for them."""
+        """All ranks' parts in order, and what waits for them."""
         if not self.grouped:
             return part, lambda: None
         whole = part.new_empty(len(part) * self.size, *part.shape[1:])
         return whole, dist.all_gather_single(whole, part.contiguous(), async_op=True).wait
 
     def shard(self, count: int) -> range:
-        """This rank's contiguous share; shares differ by at most one."""
+        """This rank's share; shares differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def same_everywhere(self, tensor: Tensor) -> bool:
-        """Whether all ranks hold the same numbers, by a checksum."""
+        """Whether all ranks hold the same numbers."""
         checksum = tensor.double().sum().item()
         return self.max(checksum) == -self.max(-checksum)
 
@@ -509,15 +484,14 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 matrix products on fp32 weights, or plain fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device; the copy runs while the device computes."""
+        """On the device; the copy runs while the device computes."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.on_cuda else tensor
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """A copy on the host, and what waits for it."""
+        """A copy, and what waits for it."""
         if not self.on_cuda:
             return tensor.clone(), lambda: None
         copy, event = torch.empty(tensor.shape, pin_memory=True), torch.cuda.Event()
@@ -533,40 +507,39 @@ class World:
 
     def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
         """The shortest time that some work took."""
-        times = []
+        least = math.inf
         for _ in range(repeats):
             self.synchronize()
             start = time.perf_counter()
             work()
             self.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
+            least = min(least, time.perf_counter() - start)
+        return least
 
     def matrix_rate(self) -> float:
-        """FLOP per second of a large square product, measured."""
+        """Measured FLOP per second."""
         a = torch.ones(self.tuning.probe, self.tuning.probe, device=self.device, dtype=self.dtype)
         return 2 * len(a) ** 3 / self.seconds(lambda: a @ a, repeats=4)
 
     def hardware(self) -> str:
-        """The machine and the versions, in one line."""
         name = torch.cuda.get_device_name(self.device) if self.on_cuda else \
             torch.cpu.get_capabilities().get("cpu_name", "CPU")
-        versions = " ".join(f"{m.__name__}:{m.__version__}" for m in (torch, np, sentencepiece, zstandard))
+        versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
         return (f"device:{self.size}x {name} threads:{torch.get_num_threads()} "
-                f"python:{platform.python_version()} {versions}")
+                f"python:{platform.python_version()} {key_values(versions)}")
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
 def flash_attention_3() -> Callable | None:
-    """FlashAttention 3 where it is installed; looked up late, never at import."""
+    """FlashAttention 3 where it is installed."""
     try:
         from flash_attn_interface import flash_attn_func
     except (ImportError, OSError, RuntimeError):  # also a build for another torch
         return None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q, k, v):
         out = flash_attn_func(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
     return attend
@@ -585,14 +558,14 @@ SDPA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_A
 
 def sdpa_by(*kernels: str) -> Callable:
     """sdpa_attention by the first of the kernels that takes the input."""
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q, k, v):
         with sdpa_kernel([SDPA_KERNELS[name] for name in kernels], set_priority=True):
             return sdpa_attention(q, k, v)
     return attend
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in blocks of queries, scores written out: in bf16 on a CPU 1.6 to 2 times faster."""
+    """The same in blocks of queries: in bf16 on a CPU 1.6 to 2 times faster."""
     (B, T, H, width), G = q.shape, k.size(2)
     block, parts = 256 if T > 256 else 128, []
     q, k, v = (x.transpose(1, 2) for x in (q * width ** -0.5, k, v))
@@ -622,19 +595,20 @@ def time_attention(attend: Callable, hp: Hyperparameters, world: World) -> float
 
 
 def choose_attention(hp: Hyperparameters, world: World) -> tuple[str, Callable]:
-    """The fastest attention kernel at hand, the same on all ranks: name and function."""
+    """The fastest attention at hand, the same on all ranks: name and function."""
     if not world.on_cuda and hp.attention == "auto":
         return "dense in blocks in bf16, else sdpa", cpu_attention
-    fa3 = flash_attention_3() if world.on_cuda and world.dtype == torch.bfloat16 else None
+    hopper = world.on_cuda and torch.cuda.get_device_capability(world.device)[0] == 9
+    fa3 = flash_attention_3() if hopper and world.dtype == torch.bfloat16 else None
     if not fa3 and hp.attention == "fa3":
-        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and the flash_attn_interface package")
+        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and flash_attn_interface")
     if fa3 and hp.attention != "sdpa":
         return "flash-attention-3", fa3
     names = [*SDPA_KERNELS][:-1]  # math writes the scores out: never the fastest
-    times = [time_attention(sdpa_by(name), hp, world) for name in names]
-    best = names[world.broadcast_(torch.tensor(np.argmin(times), device=world.device)).item()]
-    note = "; on a Hopper GPU FlashAttention 3 would take more steps" * world.on_cuda
-    return (f"sdpa-{best} (ms per layer and 16,384 tokens: {key_values(dict(zip(names, times)))}{note})",
+    times = {name: time_attention(sdpa_by(name), hp, world) for name in names}
+    best = names[world.broadcast_(torch.tensor(np.argmin([*times.values()]), device=world.device))]
+    note = "; WITHOUT FlashAttention 3, with which a Hopper GPU takes more steps" * hopper
+    return (f"sdpa-{best} (ms per layer and 16,384 tokens: {key_values(times)}{note})",
             sdpa_by(*dict.fromkeys((best, *SDPA_KERNELS))))
 
 
@@ -645,7 +619,7 @@ def wants_compile(hp: Hyperparameters, world: World, log: Callable[[str], None])
     needs = {"C++ compiler": any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
              "Triton": importlib.util.find_spec("triton")}
     for missing in (name for name, there in needs.items() if not there):
-        log(f"compile:off reason:no {missing} found, running eagerly")
+        log(f"compile:off reason:no {missing} found")
     return all(needs.values())
 
 
@@ -667,16 +641,15 @@ def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bo
 
 
 def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.inf) -> int:
-    """Tokens per scoring batch: at least a window, at most those of `chunk` positions."""
+    """Tokens per scoring batch: a window or more, at most those of `chunk` positions."""
     in_chunk = chunk / hp.eval_stride / world.size * hp.eval_seq_len
     return int(max(hp.eval_seq_len, min(world.tuning.scoring // hp.model_dim, in_chunk)))
 
 
 # ------------------------------------------------------------------------------------------
 # 3 Run log
-#
-# Lines and metrics of rank 0, files that are there whole or not at all, the clock of training, a ledger for
-# each of the challenge's two budgets. `Run` carries them from stage to stage.
+# Lines and metrics of rank 0, the clock of training, a ledger for each of the challenge's two budgets. `Run`
+# carries them from stage to stage.
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
@@ -697,10 +670,9 @@ def saved(state: object) -> bytes:
 
 class RunLog:
     """Lines to console and log.txt, JSON to metrics.jsonl; silent without a folder."""
-
     def __init__(self, folder: Path | None):
-        self.live, self.shown, self.text = folder is not None and sys.stdout.isatty(), 0.0, None
-        if folder is not None:
+        self.live, self.shown, self.text = bool(folder) and sys.stdout.isatty(), 0.0, None
+        if folder:
             folder.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = (
                 open(folder / name, "a", encoding="utf-8") for name in ("log.txt", "metrics.jsonl"))
@@ -728,7 +700,6 @@ class RunLog:
 
 class Clock:
     """Seconds of training, and where all ranks agree that it stood after some step."""
-
     def __init__(self, limit: float):
         self.limit, self.before, self.started = limit, 0.0, None  # a limit of 0 is none
         self.agreed, self.agreed_step = 0.0, 0
@@ -757,12 +728,10 @@ class Clock:
 
 
 class Budget:
-    """Seconds per phase against one of the challenge's clocks, and those that do not count."""
-
+    """Seconds per phase on one of the challenge's clocks, and those that do not count."""
     def __init__(self, name: str, world: World, limit: float):
         self.name, self.world, self.limit = name, world, limit
-        self.counted: dict[str, float] = {}
-        self.uncounted: dict[str, float] = {}
+        self.counted, self.uncounted = {}, {}
 
     @contextlib.contextmanager
     def phase(self, name: str, counted: bool = True) -> Iterator[None]:
@@ -781,19 +750,19 @@ class Budget:
         return (self.limit or math.inf) - sum(self.counted.values())
 
     def report(self, log: RunLog) -> dict:
-        """The clock as a table for the log, and what result.json holds."""
+        """Log the phases; returns what result.json holds."""
         used, limit = sum(self.counted.values()), f"{self.limit:.0f}s" if self.limit else "none"
         for phases, note in ((self.counted, ""), (self.uncounted, " (not counted)")):
             for phase, seconds in phases.items():
                 log(f"budget clock:{self.name} phase:{phase} seconds:{seconds:.1f}{note}")
         within = "yes" if self.left >= 0 else "NO"
         log(f"budget clock:{self.name} used:{used:.1f}s limit:{limit} within:{within}")
-        return {"limit": self.limit, "used": used, "within": self.left >= 0,
-                "counted": self.counted, "uncounted": self.uncounted}
+        return dict(limit=self.limit, used=used, within=self.left >= 0, counted=self.counted,
+                    uncounted=self.uncounted)
 
 
 def merge(known: dict, found: Mapping) -> None:
-    """Put findings into what is known, dictionaries into dictionaries."""
+    """Put findings into what is known, recursively."""
     for key, value in found.items():
         if isinstance(value, Mapping) and isinstance(known.get(key), dict):
             merge(known[key], value)
@@ -804,15 +773,14 @@ def merge(known: dict, found: Mapping) -> None:
 @dataclass
 class Run:
     """What every stage is given."""
-
     hp: Hyperparameters
     world: World
     log: RunLog
     folder: Path
-    code_bytes: int     # of the script, which count against the limit
+    code_bytes: int  # of the script, which count against the limit
     training: Budget
     evaluation: Budget
-    result: dict        # what result.json holds
+    result: dict     # what result.json holds
 
     @property
     def room(self) -> int:
@@ -828,8 +796,7 @@ class Run:
 
 
 class ProgressLine:
-    """A log line now and then with running score, speed and time left."""
-
+    """Now and then a log line with score, speed and time left."""
     def __init__(self, log: RunLog, name: str, total: int, every: float = 15.0):
         self.log, self.name, self.total, self.every = log, name, total, every
         self.start = self.last = time.perf_counter()
@@ -847,10 +814,8 @@ class ProgressLine:
 
 # ------------------------------------------------------------------------------------------
 # 4 Data
-#
 # Shards of 16-bit token ids come in, batches of sequences go out, in the submissions' order: files by name,
-# eight spans per step, whatever the number of ranks. `ByteTable` makes scores of different tokenizers
-# comparable.
+# eight spans per step, whatever the number of ranks. Bytes make scores of different tokenizers comparable.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 BOS = 1
@@ -858,22 +823,21 @@ SPANS_PER_STEP = 8
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """A shard's token ids, uint16, memory-mapped; UserError where it is not what its header says."""
+    """A shard's token ids, uint16, memory-mapped; UserError where the file is damaged."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; `python data/prepare.py` makes or downloads shards")
+        raise UserError(f"{path} is missing; run data/prepare.py")
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
     if header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION] or header.size < SHARD_HEADER:
         raise UserError(f"{path} is not a token shard of version {SHARD_VERSION}; fetch it again")
     count, size = int(header[2]), path.stat().st_size
     if count < 1 or size != header.nbytes + 2 * count:
-        raise UserError(f"{path} has {size} bytes where its header promises {header.nbytes + 2 * count} "
-                        f"({count} tokens); it is damaged or half downloaded, fetch it again")
+        raise UserError(f"{path} has {size} bytes where its header promises {count} tokens; fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(count,))
 
 
 def read_split(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split in order of their names."""
+    """A split's shards in order of their names."""
     files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not files:
         raise UserError(f"no fineweb_{split}_*.bin in {folder}; set DATA_PATH or run data/prepare.py")
@@ -881,8 +845,8 @@ def read_split(folder: str, split: str) -> list[np.ndarray]:
 
 
 def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
-    """Raise UserError unless every id is below vocab_size; ranks share the reading."""
-    largest = [int(shards[i].max()) for i in range(world.rank, len(shards), world.size)]
+    """UserError unless every id is below vocab_size; ranks share the reading."""
+    largest = [int(shard.max()) for shard in shards[world.rank:: world.size]]
     if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
         raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}")
 
@@ -890,24 +854,23 @@ def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
 class ByteTable:
     """UTF-8 bytes per token by the challenge's rule.
 
-    Control, unknown and unused pieces count nothing and are boundaries, a byte piece counts one; any other
-    its text without one leading U+2581, which counts a byte unless a boundary comes before.
+    Control, unknown and unused pieces are boundaries of no bytes, a byte piece counts one, any other its
+    text without one leading U+2581, which counts a byte unless a boundary comes before.
     """
-
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
-        ids = range(processor.get_piece_size())
-        pieces = [processor.id_to_piece(i) for i in ids]
-        self.boundary = np.array(
-            [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids])
+        ids = [*range(processor.get_piece_size())]
+        pieces = processor.id_to_piece(ids)
+        kinds = processor.is_control(ids), processor.is_unknown(ids), processor.is_unused(ids)
+        self.boundary = np.any(kinds, axis=0)
         self.space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
-        lengths = [1 if processor.is_byte(i) else len(pieces[i].removeprefix("\u2581").encode()) for i in ids]
+        lengths = [len(piece.removeprefix("\u2581").encode()) for piece in pieces]
+        lengths = np.where(processor.is_byte(ids), 1, lengths)
         self.bytes = np.where(self.boundary, 0, lengths).astype(np.int32)
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
         """Bytes of each target after its previous token; ints of one shape, int32 out."""
         p, t = previous.cpu().numpy(), target.cpu().numpy()
-        counts = self.bytes[t] + (self.space[t] & ~self.boundary[p])
-        return torch.from_numpy(np.asarray(counts, dtype=np.int32))
+        return torch.from_numpy(self.bytes[t] + (self.space[t] & ~self.boundary[p]))
 
 
 def bpb_per_nat(byte_counts: Tensor) -> float:
@@ -917,7 +880,6 @@ def bpb_per_nat(byte_counts: Tensor) -> float:
 
 class TokenStream:
     """Training tokens in their published order, wrapping around."""
-
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.position = shards, 0
         self.ends = np.cumsum([len(shard) for shard in shards])
@@ -926,24 +888,22 @@ class TokenStream:
     def read(self, at: int, count: int) -> np.ndarray:
         pieces = []
         while count:
-            index = int(np.searchsorted(self.ends, at % self.total, side="right"))
-            offset = at % self.total - (int(self.ends[index]) - len(self.shards[index]))
-            pieces.append(self.shards[index][offset: offset + count])
+            index = np.searchsorted(self.ends, at % self.total, side="right")
+            offset = at % self.total - self.ends[index]  # from the shard's end
+            pieces.append(self.shards[index][offset:][:count])
             at, count = at + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces).astype(np.int64)
 
     def step(self, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """The sequences of the next optimiser step, (batch_tokens / seq_len, seq_len + 1) int64.
+        """The next optimiser step's sequences, (batch_tokens / seq_len, seq_len + 1) int64.
 
-        Eight spans of batch_tokens / 8 + 1 tokens, as the submissions read them, or one where that is no
-        whole number of sequences. A sequence's last token is the next one's first.
+        They lie in eight spans, or in one where eight would not hold whole sequences.
         """
         spans = SPANS_PER_STEP if batch_tokens % (SPANS_PER_STEP * seq_len) == 0 else 1
-        length, rows = batch_tokens // spans + 1, []
-        for _ in range(spans):
-            span = self.read(self.position, length)
-            self.position += length
-            rows.append(np.lib.stride_tricks.sliding_window_view(span, seq_len + 1)[::seq_len])
+        count = batch_tokens + spans
+        text = self.read(self.position, count).reshape(spans, -1)
+        self.position += count
+        rows = np.lib.stride_tricks.sliding_window_view(text, seq_len + 1, axis=1)[:, ::seq_len]
         return np.concatenate(rows)
 
     def sample(self, count: int, seq_len: int, seed: int) -> np.ndarray:
@@ -957,37 +917,30 @@ class TokenStream:
 
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model, checked against VOCAB_SIZE."""
-    if not Path(path).is_file():
-        raise UserError(f"tokenizer {path} is missing; set TOKENIZER_PATH, or run `python data/prepare.py`")
-    processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.Load(path)
+        processor = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError):
-        raise UserError(f"{path} is not a SentencePiece model; set TOKENIZER_PATH") from None
+        raise UserError(f"{path} is missing, or no SentencePiece model; set TOKENIZER_PATH") from None
     if (pieces := processor.get_piece_size()) != vocab_size:
         raise UserError(f"{path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}; set one or the other")
     return processor
 
 
 def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int = 200) -> None:
-    """Compare the table's bytes with decoded validation documents', to one byte each (#1143, #1719)."""
+    """Compare its bytes with those of decoded validation documents, to one each (#1143, #1719)."""
     sample = tokens[:1_000_000]
     starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
-    spans = list(zip(starts, starts[1:])) or [(0, min(len(sample), 8192))]
-    counted = decoded = 0
-    for start, end in spans:
-        ids = sample[start:end]
-        counted += int(table.count(ids[:-1], ids[1:]).sum())
-        decoded += len(processor.decode(ids[1:].tolist()).encode())
-    if abs(counted - decoded) > len(spans) + 12 * (len(starts) < 2):  # a cut character decodes to U+FFFD
-        raise UserError(f"the byte table counts {counted} bytes where {len(spans)} decoded documents have "
-                        f"{decoded}; tokenizer and shards do not belong together")
+    texts = [sample[start:end] for start, end in itertools.pairwise(starts)] or [sample[:8192]]
+    counted = sum(int(table.count(text[:-1], text[1:]).sum()) for text in texts)
+    decoded = sum(len(processor.decode(text[1:].tolist()).encode()) for text in texts)
+    if abs(counted - decoded) > len(texts) + 12 * (len(starts) < 2):  # a cut character decodes to U+FFFD
+        raise UserError(f"the byte table counts {counted} bytes, decoded documents have {decoded}; tokenizer "
+                        f"and shards do not belong together")
 
 
 @dataclass
 class Validation:
     """The validation split on the device, and the tokenizer's byte table."""
-
     tokens: Tensor       # (positions + 1,) int32, cut to a multiple of EVAL_SEQ_LEN positions
     byte_counts: Tensor  # (positions,) uint8
     corpus: str
@@ -1007,24 +960,21 @@ class Validation:
             raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
         check_byte_table(table, processor, tokens)
-        corpus = json.loads(meta.read_text()).get("corpus") if meta.is_file() else None
-        counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # sentencepiece pieces are short
-        corpus = corpus or Path(hp.data_path).name
+        counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # pieces are short
+        known = json.loads(meta.read_text()) if meta.is_file() else {}
+        corpus = known.get("corpus") or Path(hp.data_path).name
         return Validation(tokens.to(world.device), counts.to(world.device), corpus, table)
 
 
 # ------------------------------------------------------------------------------------------
 # 5 Grid and QAT
-#
-# The grid that QAT trains towards, GPTQ rounds to and the coder stores. Around a step's passes every
-# quantised matrix holds its rounded value; the compiled model never knows: a flag inside the graph is
-# folded away by the compiler, which is how #606, #545 and #576 trained without the QAT that they logged
-# (#315).
+# The grid that QAT trains towards, GPTQ rounds to and the coder stores. Around a step's passes the matrices
+# hold their rounded values; the compiled model never knows: the compiler folds a flag inside the graph away,
+# which is how #606, #545 and #576 trained without the QAT that they logged (#315).
 
 @dataclass
 class QuantizedTensor:
     """Codes int8 (..., out, in) within +-max_code, scales (..., out); codes of one role are alike."""
-
     codes: Tensor
     scales: Tensor
     max_code: int
@@ -1035,8 +985,7 @@ class QuantizedTensor:
 
 
 Tensors = Mapping[str, QuantizedTensor | Tensor]
-# The smallest step that fp16 holds. #606's floor of 1/15 coarsened nearly every row.
-SCALE_FLOOR = 2.0 ** -24
+SCALE_FLOOR = 2.0 ** -24  # the smallest step that fp16 holds; #606's 1/15 coarsened nearly every row
 
 
 def max_code_of(bits: int) -> int:
@@ -1084,13 +1033,13 @@ def grid_units(weights: Tensor, max_code: int, multiplier: float | Tensor) -> tu
 
 
 def soft_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights drawn towards the grid with sharpness alpha, and the derivative of that."""
+    """Weights drawn towards the grid with sharpness alpha, and the derivative."""
     y, scales = grid_units(weights, max_code, multiplier)
     return soft_round(y, alpha) * scales, soft_round_gradient(y, alpha)
 
 
 def hard_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Tensor) -> tuple[Tensor, float]:
-    """Weights on the grid, and straight through, for want of a derivative (arXiv:1308.3432)."""
+    """Weights on the grid, and 1 for a derivative: straight through (arXiv:1308.3432)."""
     y, scales = grid_units(weights, max_code, multiplier)
     return torch.round(y) * scales, 1.0
 
@@ -1101,18 +1050,17 @@ class FakeQuantizer:
     stacks   (max_code, weights, gradients), views of the parameters (k, out, in)
     Multiplier and sharpness are tensors: a number would wait for the device and recompile.
     """
-
     def __init__(self, stacks: list[tuple[int, Tensor, Tensor]], soft: bool = True,
                  wrap: Callable = lambda function: function):
         self.stacks, self.rounding, self.slopes = stacks, wrap(soft_quantize if soft else hard_quantize), []
         self.kept = [torch.empty_like(weights) for _, weights, _ in stacks]
         self.on_device = torch.ones(2, dtype=torch.float64, device=stacks[0][1].device)
-        self.started_at: int | None = None  # the step, from 0, whose weights were the first to be rounded
+        self.started_at: int | None = None  # the first step, from 0, whose weights were rounded
         self.multiplier, self.distance_before = 1.0, math.nan
 
     @property
     def on(self) -> bool:
-        """Once begun it stays on, though a clock's learning rate may rise for a step."""
+        """It stays on, though a clock's learning rate may rise for a step."""
         return self.started_at is not None
 
     def begin(self, step: int, multiplier: float) -> None:
@@ -1121,7 +1069,7 @@ class FakeQuantizer:
 
     @torch.no_grad()
     def quantize(self, alpha: float, rounding: Callable | None = None) -> None:
-        """Round the weights, softly with sharpness alpha or as `rounding` does."""
+        """Round, softly with sharpness alpha or as `rounding` does."""
         self.slopes.clear()
         for tensor, value in zip(self.on_device, (self.multiplier, alpha)):
             tensor.fill_(value)
@@ -1133,7 +1081,7 @@ class FakeQuantizer:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """The weights bit for bit as before, the gradients times the rounding's derivative."""
+        """Weights bit for bit as before, gradients times the derivative."""
         for (_, weights, grads), kept, slope in zip(self.stacks, self.kept, self.slopes):
             weights.copy_(kept)
             grads.mul_(slope)
@@ -1154,26 +1102,18 @@ class FakeQuantizer:
 
 # ------------------------------------------------------------------------------------------
 # 6 Model
-#
-# Token ids in, soft-capped logits out. The order of layers and the skips between them are rows of data: the
-# plan. What the submissions added to a plain GPT are parts, which own their parameters' initial values,
-# their role, and the values that silence them in a trained model. Weights are fp32 masters, cast to the
-# dtype of the activations, which is the caller's autocast's. Names in the state dict are the submissions'
-# own.
+# Token ids in, soft-capped logits out. The order of layers and the skips between them are data: the plan.
+# What the submissions added to a plain GPT are parts, which own their parameters' initial values and those
+# that silence them in a trained model. Weights are cast to the dtype of the activations, which is autocast's.
+# Names in the state dict are the submissions' own.
 
 # What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
 ROLES = {"attn": ("matrix", "attn_bits"), "mlp": ("matrix", "mlp_bits"), "embed": ("embed", "embed_bits"),
          "matrix": ("matrix", None), "control": ("control", None)}
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class CastLinear(nn.Module):
     """A linear layer in the dtype of its input; it starts orthogonal, times a gain."""
-
     def __init__(self, columns: int, rows: int, role: str, gain: float = 1.0, orthogonal: bool = True):
         super().__init__()
         self.weight, self.role = nn.Parameter(torch.empty(rows, columns)), role
@@ -1191,7 +1131,6 @@ class CastLinear(nn.Module):
 
 class Embedding(nn.Module):
     """A table whose rows start with a normal distribution."""
-
     role = "embed"
 
     def __init__(self, rows: int, columns: int, std: float):
@@ -1220,7 +1159,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class BigramHash(nn.Module):
     """Add an embedding of each pair of neighbouring tokens, hashed into a table."""
-
     silent = {"bigram.scale": 0.0}
 
     def __init__(self, hp: Hyperparameters):
@@ -1232,15 +1170,14 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        t = tokens.to(torch.int32)
-        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % (self.buckets - 1)
-        index = F.pad(pair, (1, 0), value=self.buckets - 1)  # the last bucket: no token before
+        t, last = tokens.to(torch.int32), self.buckets - 1
+        pair = torch.bitwise_xor(36313 * t[:, 1:], 27191 * t[:, :-1]) % last
+        index = F.pad(pair, (1, 0), value=last)  # where there is no token before
         return x + self.proj(self.embed(index).to(x.dtype)) * self.scale.to(x.dtype)
 
 
 class SmearGate(nn.Module):
-    """Mix each token's embedding with the one before it, by a learnt share per channel."""
-
+    """Mix each embedding with the one before it, by a learnt share per channel."""
     silent = {"smear.gate": -30.0}
 
     def __init__(self, hp: Hyperparameters):
@@ -1257,7 +1194,6 @@ class SmearGate(nn.Module):
 
 class ValueEmbedding(nn.Module):
     """A token embedding that some layers add to their V."""
-
     silent = {"ve_shared.scale": 0.0}
 
     def __init__(self, hp: Hyperparameters):
@@ -1274,16 +1210,14 @@ class ValueEmbedding(nn.Module):
 @dataclass
 class Context:
     """What the blocks of one forward pass share."""
-
-    x0: Tensor                         # (B, T, D), the stream before the first block
-    rotary: Tensor                     # (2, T, 1, rope_dims / 2)
-    values: dict[int, Tensor]          # by layer: (B, T, G d), to be added to V
+    x0: Tensor                 # (B, T, D), the stream before the first block
+    rotary: Tensor             # (2, T, 1, rope_dims / 2)
+    values: dict[int, Tensor]  # by layer: (B, T, G d), to be added to V
     first_value: Tensor | None = None  # (B, T, G, d), V of the first layer that ran
 
 
 class ValueResidual:
     """Mix the first layer's V into every later one. Zhou et al. 2024, arXiv:2410.17897."""
-
     silent = {"vr_lambda": (0.0, 1.0)}
 
     def __init__(self, hp: Hyperparameters, layer: int, host: nn.Module):
@@ -1298,7 +1232,7 @@ class ValueResidual:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: y (B, T, H, d) without its part along v (B, T, G, d) of the token."""
+    """Exclusive self attention: y (B, T, H, d) without its part along the token's v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.size(2), -1))
     direction = F.normalize(v, dim=-1, eps=1e-12).to(v.dtype).unsqueeze(3)
     along = (grouped * direction).sum(-1, keepdim=True).to(y.dtype)
@@ -1307,7 +1241,6 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 class HeadGate(CastLinear):
     """A sigmoid gate per head and token, from the attention's input (arXiv:2505.06708)."""
-
     silent = {"attn_gate.weight": 0.0, "attn_gate.bias": 30.0}
 
     def __init__(self, hp: Hyperparameters, layer: int, host: nn.Module):
@@ -1319,9 +1252,8 @@ class HeadGate(CastLinear):
 
 
 # The parts, in the order in which they act: technique, how it is made, who wants it. Parameters lie on the
-# host (the model, or the layer's attention) under their published names; a part without any is a plain
-# function.
-EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp, named as here
+# host (the model, or the layer's attention) under their published names.
+EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp
     "bigram": (BigramHash, lambda hp: hp.bigram_vocab_size),
     "norm": (lambda hp: lambda x, tokens: rms_norm(x), lambda hp: True),
     "smear": (SmearGate, lambda hp: hp.smear_gate),
@@ -1340,38 +1272,35 @@ OUTPUT_PARTS = {  # (y, v, x) -> y, with y (B, T, H, d), x (B, T, D) the attenti
 
 class CausalSelfAttention(nn.Module):
     """Causal attention, normalised queries and keys, partial RoPE, and the chosen parts."""
-
     def __init__(self, hp: Hyperparameters, layer: int):
         super().__init__()
-        self.heads, self.kv_heads, self.width = hp.num_heads, hp.num_kv_heads, hp.model_dim // hp.num_heads
-        D, kv_dim, start = hp.model_dim, self.kv_heads * self.width, dict(orthogonal=hp.ortho_init)
-        self.c_q = CastLinear(D, D, "attn", **start)
-        self.c_k = CastLinear(D, kv_dim, "attn", **start)
-        self.c_v = CastLinear(D, kv_dim, "attn", **start)
+        D, self.width = hp.model_dim, hp.model_dim // hp.num_heads
+        kv_dim = self.width * hp.num_kv_heads
+        self.c_q, self.c_k, self.c_v = (
+            CastLinear(D, rows, "attn", orthogonal=hp.ortho_init) for rows in (D, kv_dim, kv_dim))
         self.proj = CastLinear(D, D, "attn", gain=0.0)
-        self.q_gain = nn.Parameter(torch.full((self.heads,), hp.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((hp.num_heads,), hp.qk_gain_init))
         self.value_parts, self.output_parts = (
             {name: part(hp, layer, self) for name, (part, wanted) in parts.items() if wanted(hp, layer)}
             for parts in (VALUE_PARTS, OUTPUT_PARTS))
         self.attend = sdpa_attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        B, T, D = x.shape
-        q = rms_norm(self.c_q(x).view(B, T, self.heads, self.width))
-        k = rms_norm(self.c_k(x).view(B, T, self.kv_heads, self.width))
-        v = self.c_v(x).view(B, T, self.kv_heads, self.width)
+        heads = -1, self.width
+        q = rms_norm(self.c_q(x).unflatten(2, heads))  # (B, T, H, d)
+        k = rms_norm(self.c_k(x).unflatten(2, heads))  # (B, T, G, d)
+        v = self.c_v(x).unflatten(2, heads)
         for value_part in self.value_parts.values():
             v = value_part(v, context)
         q = apply_rotary(q, *context.rotary) * self.q_gain.to(q.dtype).view(-1, 1)
         y = self.attend(q, apply_rotary(k, *context.rotary), v)
         for output_part in self.output_parts.values():
             y = output_part(y, v, x)
-        return self.proj(y.reshape(B, T, D))
+        return self.proj(y.flatten(2))
 
 
 class MLP(nn.Module):
     """Two matrices around a squared (leaky) ReLU."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         hidden = int(hp.mlp_mult * hp.model_dim)
@@ -1386,13 +1315,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP on a mix of stream and embedding, with gains per channel."""
-
     def __init__(self, hp: Hyperparameters, layer: int):
         super().__init__()
-        D = hp.model_dim
-        self.attn, self.mlp = CausalSelfAttention(hp, layer), MLP(hp)
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        self.attn, self.mlp, D = CausalSelfAttention(hp, layer), MLP(hp), hp.model_dim
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.input_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
@@ -1406,28 +1332,25 @@ class Block(nn.Module):
 class SoftcapCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of soft-capped logits, made and used up in chunks that stay in cache.
 
-    The gradient is computed on the way forward (Liger kernels, arXiv:2410.10989). With u = sigmoid(2 z / c),
+    Gradients are computed on the way forward (Liger kernels, arXiv:2410.10989). With u = sigmoid(2 z / c),
     c tanh(z / c) is 2 c u less a constant, and its slope 4 u (1 - u): four times faster than tanh on a CPU.
     """
-
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
         N, V = hidden.size(0), weight.size(0)
         chunk = max(tuning_of(hidden).logits // V, 1)
-        cast, wanted = weight.to(hidden.dtype), any(ctx.needs_input_grad[:2])
+        cast, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=weight.dtype, device=hidden.device)
-        to_hidden, to_weight = [], torch.zeros_like(weight) if wanted else None
+        to_hidden, to_weight = [], torch.zeros_like(weight)
         for h, y in zip(hidden.split(chunk), targets.unsqueeze(1).split(chunk)):
-            u = full_precision(h @ cast.mT).mul_(2 / softcap).sigmoid_()
+            u = (h @ cast.mT).to(wide).mul_(2 / softcap).sigmoid_()
             log_p = F.log_softmax(u * (2 * softcap), dim=-1)
             loss = loss - log_p.gather(1, y).sum()
-            if wanted:
-                to_capped = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))
-                to_logits = to_capped.mul_(torch.addcmul(u, u, u, value=-1)).to(h.dtype)
-                to_hidden.append(to_logits @ cast)
-                to_weight += to_logits.mT @ h
-        if wanted:
-            ctx.save_for_backward(torch.cat(to_hidden).mul_(4 / N), to_weight.mul_(4 / N))
+            to_capped = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))
+            to_logits = to_capped.mul_(torch.addcmul(u, u, u, value=-1)).to(h.dtype)
+            to_hidden.append(to_logits @ cast)
+            to_weight += to_logits.mT @ h
+        ctx.save_for_backward(torch.cat(to_hidden).mul_(4 / N), to_weight.mul_(4 / N))
         return loss / N
 
     @staticmethod
@@ -1438,34 +1361,31 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Visit:
-    """One run of a layer, the skip added before it, and whether its output is kept for a later one."""
-
+    """One run of a layer, the skip added before it, whether its output is kept for a later one."""
     layer: int
-    skip_from: int | None = None  # position in the plan whose output is added, times a row of skip_weights
+    skip_from: int | None = None  # position whose output is added, times a row of skip_weights
     skip_row: int = 0
     pushes: bool = False
 
 
 def plan(hp: Hyperparameters) -> tuple[Visit, ...]:
     """The layers as they run: the first half pushes outputs, the second pops them, the last first."""
-    encoder = hp.num_layers // 2
-    pushing = [Visit(layer, pushes=True) for layer in range(encoder)]
-    rows = range(min(encoder, hp.num_layers - encoder))
-    popping = [Visit(encoder + row, encoder - 1 - row, row) for row in rows]
-    return *pushing, *popping, *(Visit(layer) for layer in range(2 * encoder, hp.num_layers))
+    half = hp.num_layers // 2
+    pushing = [Visit(layer, pushes=True) for layer in range(half)]
+    popping = [Visit(half + row, half - 1 - row, row) for row in range(half)]
+    return *pushing, *popping, *(Visit(layer) for layer in range(2 * half, hp.num_layers))
 
 
 class GPT(nn.Module):
     """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T."""
-
     silent = {"skip_weights": 0.0}
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp, self.visits = hp, plan(hp)
         self.tok_emb = Embedding(hp.vocab_size, hp.model_dim, std=0.005)
-        parts = {name: part for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
-        self.embedding_parts = {name: part(hp) for name, part in parts.items()}
+        self.embedding_parts = {
+            name: part(hp) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
         for name, part in self.embedding_parts.items():
             setattr(self, name, part)
         skips = sum(visit.skip_from is not None for visit in self.visits)
@@ -1475,13 +1395,13 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers * hp.ve_enabled)
 
     def roles(self) -> dict[str, str]:
-        """What each tensor is to the optimiser and the quantiser, see ROLES."""
+        """By name, a key of ROLES."""
         owned = {f"{name}.weight": module.role for name, module in self.named_modules()
                  if isinstance(module, (CastLinear, Embedding))}
         return {name: owned.get(name, "control") for name, _ in self.named_parameters()}
 
     def max_codes(self, group: str) -> dict[str, int]:
-        """The largest code of every quantised tensor of a group, matrix or embed."""
+        """Largest codes of the quantised tensors of a group, matrix or embed."""
         chosen = {name: ROLES[role][1] for name, role in self.roles().items() if ROLES[role][0] == group}
         return {name: max_code_of(getattr(self.hp, bits)) for name, bits in chosen.items() if bits}
 
@@ -1494,21 +1414,20 @@ class GPT(nn.Module):
         """By layer, what is added to its V."""
         if self.ve_shared is None:
             return {}
-        shared = self.ve_shared(tokens, dtype)
-        scales = zip(self.hp.ve_layers, self.ve_layer_scales)
+        shared, scales = self.ve_shared(tokens, dtype), zip(self.hp.ve_layers, self.ve_layer_scales)
         return {layer: shared * scale.to(dtype) for layer, scale in scales}
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The normed stream before the output layer; (B, T) -> (B, T, D)."""
-        hp, device = self.hp, tokens.device
+        hp, device, x = self.hp, tokens.device, self.tok_emb(tokens)
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.tok_emb.weight.dtype
-        x = self.tok_emb(tokens).to(dtype)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+        x = x.to(dtype)
         for part in self.embedding_parts.values():
             x = part(x, tokens)
-        rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference
-        rotary = rotary_tables(tokens.size(1), *rope, device, dtype)
-        context, outputs = Context(x, rotary, self.values(tokens, dtype)), {}
+        rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype
+        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype))
+        outputs = {}
         for position, visit in enumerate(self.visits):
             if visit.skip_from is not None:
                 x = x + self.skip_weights[visit.skip_row].to(dtype) * outputs.pop(visit.skip_from)
@@ -1519,7 +1438,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped, at least float32; (..., D) -> (..., V)."""
-        z = full_precision(F.linear(hidden, self.tok_emb.weight.to(hidden.dtype)))
+        z = F.linear(hidden, self.tok_emb.weight.to(hidden.dtype))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -1539,20 +1459,18 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 
 def compiled(function: Callable, **options) -> Callable:
     """torch.compile, a graph per shape, RoPE's tables as constants."""
-    torch.compiler.assume_constant_result(rotary_tables)  # here, because it imports the compiler: a second
+    torch.compiler.assume_constant_result(rotary_tables)  # here, for it imports the compiler: a second
     return torch.compile(function, dynamic=False, **options)
 
 
 # ------------------------------------------------------------------------------------------
 # 7 Scoring
-#
 # One scorer for validation, sliding windows and test-time training. Windows say what is read and which
-# positions count, each exactly once. The loss of position p is that of token p + 1 given tokens 0..p.
+# positions count. The loss of position p is that of token p + 1 given tokens 0..p.
 
 @dataclass(frozen=True)
 class Score:
     """Summed nats over scored positions, and the bytes of their targets."""
-
     nats: float = 0.0
     positions: int = 0
     bytes: int = 0
@@ -1572,13 +1490,13 @@ class Score:
         return f"val_loss:{self.val_loss:.8f} val_bpb:{self.val_bpb:.8f}"
 
 
-def sliding_windows(positions: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
+Window = tuple[int, int, int]  # start, end, first scored position
+
+
+def sliding_windows(positions: int, seq_len: int, stride: int) -> list[Window]:
     """Windows (start, end, first_scored), half-open, that score every position once."""
-    windows = [(0, min(seq_len, positions), 0)] if positions else []
-    while windows and (first := windows[-1][1]) < positions:
-        end = min(first + stride, positions)
-        windows.append((max(end - seq_len, 0), end, first))
-    return windows
+    ends = 0, *range(seq_len, positions, stride), positions
+    return [(max(end - seq_len, 0), end, first) for first, end in itertools.pairwise(ends) if first < end]
 
 
 def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
@@ -1600,9 +1518,6 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, tempe
     return torch.cat(losses)
 
 
-Window = tuple[int, int, int]  # start, end, first scored position
-
-
 def window_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Neighbouring windows of one shape, at most batch_tokens together."""
     shape = lambda window: (window[1] - window[0], window[1] - window[2])
@@ -1618,22 +1533,22 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
     """Score windows exactly once, split over ranks: the same Score on each, by float64 sums.
 
     tokens, byte_counts   (positions + 1,) and (positions,) int on the device: text, and bytes of each target
-    batch_tokens          per forward pass and rank; the result does not depend on it
+    batch_tokens          per forward pass and rank
     score_fn              token_losses or its compiled form, which gets whole batches only
-    nll                   (positions,) float32 on the CPU: receives this rank's losses, for audits
+    nll                   (positions,) float32 on the CPU: receives this rank's losses
     """
     mine = world.shard(len(windows))
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in window_batches(windows[mine.start: mine.stop], batch_tokens):
-        starts = world.to_device(torch.tensor([start for start, _, _ in batch]))
-        length, scored = batch[0][1] - batch[0][0], batch[0][1] - batch[0][2]
+        starts = world.to_device(torch.tensor([start for start, *_ in batch]))
+        start, end, first = batch[0]
+        length, scored = end - start, end - first
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=world.device)  # (B, T + 1)
         text = tokens[index].to(torch.int64)
-        whole = len(batch) == max(batch_tokens // length, 1)
+        scorer = score_fn if len(batch) == max(batch_tokens // length, 1) else token_losses
         with world.autocast():
-            scorer = score_fn if whole else token_losses
             losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature)
-        where = index[:, length - scored: length]                                    # (B, scored)
+        where = index[:, length - scored: length]  # (B, scored)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
         total[2] += byte_counts[where].sum()
@@ -1657,30 +1572,25 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
 
 # ------------------------------------------------------------------------------------------
 # 8 Optimisers
-#
 # All parameters live in one vector and all gradients in another, equal shapes side by side: averaging,
-# clipping, reducing and restoring are one operation each, and a stack of equal matrices is a view.
-
-def padded(count: int) -> int:
-    """The elements a view takes in a vector, so that the next is aligned to 64 bytes."""
-    return -(-count // 16) * 16
-
+# clipping and reducing are one operation each, and a stack of equal matrices is a view.
 
 class FlatParameters:
     """A model's parameters and gradients as two fp32 vectors; each parameter becomes a view."""
-
     SLOTS = ("loss", "clock", "stop")  # they end the gradients, and ride along when ranks reduce them
 
     def __init__(self, model: nn.Module):
-        by_shape = sorted(model.named_parameters(), key=lambda item: (tuple(item[1].shape), item[0]))
-        self.parameters, sizes = dict(by_shape), [padded(p.numel()) for _, p in by_shape]
-        self.offsets = dict(zip(self.parameters, itertools.accumulate(sizes, initial=0)))
-        device, total = by_shape[0][1].device, sum(sizes)
-        self.weights = torch.zeros(total, device=device)
-        self.reduced = torch.zeros(total + len(self.SLOTS), device=device)
+        shape_and_name = lambda item: (tuple(item[1].shape), item[0])
+        self.parameters = dict(sorted(model.named_parameters(), key=shape_and_name))
+        # a multiple of 64 bytes, so that every view is aligned
+        self.sizes = {name: -(-p.numel() // 16) * 16 for name, p in self.parameters.items()}
+        *starts, total = itertools.accumulate(self.sizes.values(), initial=0)
+        self.offsets = dict(zip(self.parameters, starts))
+        self.reduced = torch.zeros(total + len(self.SLOTS), device=next(model.parameters()).device)
         self.grads, self.slots = self.reduced[:total], self.reduced[total:]
         self.slot = dict(zip(self.SLOTS, self.slots))
-        for name, p in by_shape:
+        self.weights = torch.zeros_like(self.grads)
+        for name, p in self.parameters.items():
             view = self.view(self.weights, name)
             view.copy_(p.data)
             p.data, p.grad = view, self.view(self.grads, name)
@@ -1690,17 +1600,17 @@ class FlatParameters:
         return vector[self.offsets[name]: self.offsets[name] + p.numel()].view(p.shape)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: self.view(self.weights, name).detach() for name in self.parameters}
+        return {name: p.data for name, p in self.parameters.items()}
 
     def stacks(self, keys: Mapping[str, object]) -> list[tuple[object, Tensor, Tensor]]:
         """Key, weights, gradients (k, m, n) of neighbours of one shape and key; None is left out."""
         found = []
-        alike = itertools.groupby(self.parameters.items(), lambda item: (keys.get(item[0]), item[1].shape))
-        for (key, shape), group in alike:
-            names = [name for name, _ in group]
+        kind = lambda name: (keys.get(name), self.parameters[name].shape)
+        for (key, shape), group in itertools.groupby(self.parameters, kind):
+            names = list(group)
             if key is not None:
-                m, n = shape
-                stack = (len(names), m, n), (padded(m * n), n, 1), self.offsets[names[0]]
+                strides = self.sizes[names[0]], shape[1], 1
+                stack = (len(names), *shape), strides, self.offsets[names[0]]
                 found.append((key, self.weights.as_strided(*stack), self.grads.as_strided(*stack)))
         return found
 
@@ -1719,28 +1629,24 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
 
 
 class Muon(torch.optim.Optimizer):
-    """MomentUm Orthogonalized by Newton-Schulz, for matrices: Nesterov momentum, decoupled weight decay.
-
-    lr        scaled by sqrt(max(1, rows / columns)); equal shapes are orthogonalised in one batched call
-    row_norm  afterwards give every row length 1 (#601), which cancels the square root
-    world     ranks own disjoint parts of every stack, and its momentum, and share the updates
-    """
-
+    """MomentUm Orthogonalized by Newton-Schulz, for matrices: Nesterov momentum, decoupled weight decay."""
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0, row_norm: bool = False, world: World | None = None,
                  orthogonalise: Callable = newton_schulz):
-        super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.row_norm, self.orthogonalise, self.world = row_norm, orthogonalise, world
-        rank, size = (world.rank, world.size) if world else (0, 1)
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.row_norm, self.orthogonalise = row_norm, orthogonalise
+        rank, size, self.gather = 0, 1, lambda part: (part, lambda: None)
+        if world:
+            rank, size, self.gather = world.rank, world.size, world.gather
+        shapes = collections.defaultdict(list)
         for p in self.param_groups[0]["params"]:
-            shapes.setdefault(p.shape, []).append(p)
+            shapes[p.shape].append(p)
         if any(len(shape) != 2 for shape in shapes):
             raise ValueError("Muon is for matrices; give AdamW the other parameters")
-        self.stacks: list[tuple[list[nn.Parameter], range, Tensor]] = []  # matrices, own ones, their momentum
+        self.stacks = []  # matrices of one shape, the slice of them that is this rank's, its momentum
         for shape, stack in shapes.items():
             part = -(-len(stack) // size)  # equally long on all ranks
-            own = range(len(stack))[rank * part: (rank + 1) * part]
+            own = slice(rank * part, (rank + 1) * part)
             self.stacks.append((stack, own, torch.zeros(part, *shape, device=stack[0].device)))
 
     @torch.no_grad()
@@ -1748,14 +1654,14 @@ class Muon(torch.optim.Optimizer):
         group, pending = self.param_groups[0], []
         for stack, own, buffer in self.stacks:
             update = torch.zeros_like(buffer)
-            for slot, i in enumerate(own):
-                if stack[i].grad is not None:
-                    update[slot] = stack[i].grad
+            for slot, p in zip(update, stack[own]):
+                if p.grad is not None:
+                    slot.copy_(p.grad)
             buffer.mul_(group["momentum"]).add_(update)
             update = self.orthogonalise(update.add_(buffer, alpha=group["momentum"]))
-            if self.row_norm:
+            if self.row_norm:  # rows of length 1 (#601)
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            pending.append((stack, *(self.world.gather(update) if self.world else (update, lambda: None))))
+            pending.append((stack, *self.gather(update)))
         for stack, update, wait in pending:
             wait()
             rows, columns = stack[0].shape
@@ -1767,23 +1673,22 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         whole = []
-        for stack, own, buffer in self.stacks:
-            full = buffer.new_zeros(len(stack), *buffer.shape[1:])
-            full[own.start: own.stop] = buffer[: len(own)]
-            whole.append((self.world.sum_(full) if self.world else full).cpu())
+        for stack, _, buffer in self.stacks:
+            full, wait = self.gather(buffer)
+            wait()
+            whole.append(full[:len(stack)].cpu())
         return {"momentum": whole}
 
     def load_state_dict(self, state: dict) -> None:
         for (_, own, buffer), full in zip(self.stacks, state["momentum"]):
-            buffer[: len(own)] = full[own.start: own.stop].to(buffer.device)
+            buffer[:len(full[own])] = full[own]
 
 
 class Optimisers:
     """Muon for matrices, AdamW for embeddings and control tensors, one schedule."""
-
     def __init__(self, flat: FlatParameters, roles: Mapping[str, str], hp: Hyperparameters, world: World,
                  orthogonalise: Callable):
-        members: dict[str, list[nn.Parameter]] = {"matrix": [], "embed": [], "control": []}
+        members = {"matrix": [], "embed": [], "control": []}
         for name, p in flat.parameters.items():
             members[ROLES[roles[name]][0]].append(p)
         matrices, tables, control = members.values()
@@ -1824,22 +1729,17 @@ class Optimisers:
         self.adamw.load_state_dict(state["adamw"])
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`step` steps are done of `total` at the present pace (inf before the first)."""
-
-    step: int
-    total: float
+Progress = collections.namedtuple("Progress", "step total")  # done, and at the present pace in all
 
 
 def progress_at(hp: Hyperparameters, step: int, clock: Clock) -> Progress:
-    """What a run is measured by: its clock where it has one, else its steps."""
+    """By the clock where a run has one, else by its steps."""
     by_clock = step * clock.limit / clock.at(step) if clock.at(step) else math.inf
     return Progress(step, by_clock if hp.max_wallclock_seconds else hp.iterations)
 
 
 def lr_scale(hp: Hyperparameters, progress: Progress) -> float:
-    """The learning rate's share: 1, and over the last warmdown_iters steps to 0."""
+    """The learning rate's share, 1, and over the last steps to 0."""
     left = max(progress.total - progress.step, 0)
     return min(1.0, left / hp.warmdown_iters) if hp.warmdown_iters else 1.0
 
@@ -1869,34 +1769,17 @@ def clip_gradients(grads: Tensor, limit: float) -> None:
 
 # ------------------------------------------------------------------------------------------
 # 9 Averaging
-#
-# The average of late weights is better than the last weights.
+# The average of late weights is better than the last weights. It is kept in fp32: bf16 would lose what a
+# step adds.
 
 class EMA:
     """Exponential moving average from the first step on, without bias correction."""
-
     def __init__(self, tensor: Tensor, decay: float):
-        self.average, self.decay = tensor.detach().float().clone(), decay
+        self.average, self.share, self.count = tensor.detach().float().clone(), 1 - decay, 0
 
     def update(self, tensor: Tensor) -> None:
-        self.average.lerp_(tensor.detach().float(), 1 - self.decay)
-
-    def state_dict(self) -> dict:
-        return {"average": self.average.cpu()}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.average.copy_(state["average"])
-
-
-class SWA:
-    """Stochastic weight averaging, the mean of snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
-
-    def __init__(self, tensor: Tensor):
-        self.average, self.count = torch.zeros_like(tensor, dtype=torch.float32), 0
-
-    def update(self, tensor: Tensor) -> None:
+        self.average.lerp_(tensor.detach().float(), self.share)
         self.count += 1
-        self.average.lerp_(tensor.detach().float(), 1 / self.count)
 
     def state_dict(self) -> dict:
         return {"average": self.average.cpu(), "count": self.count}
@@ -1906,73 +1789,75 @@ class SWA:
         self.count = state["count"]
 
 
+class SWA(EMA):
+    """Stochastic weight averaging, the mean of snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
+    def __init__(self, tensor: Tensor):
+        super().__init__(torch.zeros_like(tensor), decay=0.0)
+
+    def update(self, tensor: Tensor) -> None:
+        self.share = 1 / (self.count + 1)
+        super().update(tensor)
+
+
 # ------------------------------------------------------------------------------------------
 # 10 Quantiser
-#
-# A step rule gives every row its step; a rounder turns weights into codes on those steps. All of it touches
-# training data, so it runs inside the training clock (#606 was closed because it did not).
+# A step rule gives every row its step, a rounder its codes. Both see training data, so they run inside the
+# training clock (#606 was closed because it did not).
 
 @torch.no_grad()
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
                      batch_tokens: int = 16384) -> dict[str, Tensor]:
-    """Mean x xT of quantised matrices' inputs, (in, in) float32, over sequences (N, T) and ranks."""
-    hessians: dict[str, Tensor] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, CastLinear) and ROLES[module.role][1]:
-            reader, columns = name.replace("c_k", "c_q").replace("c_v", "c_q"), module.weight.size(1)
-            if reader == name:
-                hessian = hessians[name] = torch.zeros(columns, columns, device=world.device)
+    """Mean x xT of quantised matrices' inputs over sequences (N, T): (in, in) float32, by name."""
+    matrices, hessians, hooks = model.max_codes("matrix"), {}, []
+    read_by = lambda name: name.replace("c_k", "c_q").replace("c_v", "c_q")
 
-                def hook(_module: nn.Module, inputs: tuple, hessian: Tensor = hessian) -> None:
-                    x = inputs[0].flatten(0, -2).float()
-                    hessian.addmm_(x.mT, x)
+    def add(hessian, _module, inputs) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        hessian.addmm_(x.mT, x)
 
-                hooks.append(module.register_forward_pre_hook(hook))
-            hessians[name] = hessians[reader]
+    for name in dict.fromkeys(map(read_by, matrices)):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        hessians[name] = torch.zeros(2 * [layer.weight.size(1)], device=world.device)
+        hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
     mine = world.shard(len(sequences))
-    rows = torch.from_numpy(sequences[mine.start: mine.stop])
-    for part in filter(len, rows.split(max(batch_tokens // sequences.shape[1], 1))):
+    rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
+    for at in range(mine.start, mine.stop, size):
         with world.autocast():
-            model.hidden(part.to(world.device))
+            model.hidden(rows[at: min(at + size, mine.stop)].to(world.device))
     for hook in hooks:
         hook.remove()
-    for hessian in {id(hessian): hessian for hessian in hessians.values()}.values():
+    for hessian in hessians.values():
         world.sum_(hessian).div_(sequences.size)
-    return {f"{name}.weight": hessian for name, hessian in hessians.items()}
+    return {name: hessians[read_by(name)] for name in matrices}
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; (k, n, n).
-
-    With H = R RT for upper triangular R (Cholesky read backwards), U is R's inverse: one factorisation where
-    the paper takes three. What fails is tried in float64, and with more damping.
-    """
+    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; H and U (k, n, n)."""
     eye = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = mean.where(mean > 0, 1.0) * eye
     damped = hessian + damp * scaled
+    # read backwards, Cholesky's H = R RT: its R inverts to U, where the paper factorises three times
     factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    for extra in (0.0, *(10.0 ** power for power in range(-2, 7))):
+    for extra in (0.0, *(10.0 ** power for power in range(-2, 7))):  # in float64, then with more damping
         if bad := failed.nonzero().flatten().tolist():
             double = damped[bad].double() + extra * scaled[bad].double()
             again, failed[bad] = torch.linalg.cholesky_ex(double.flip(-2, -1))
             factor[bad] = again.to(factor.dtype)
     if failed.any():
-        raise UserError("a hessian cannot be factorised: its entries overflow; QUANTIZER=rtn does without")
+        raise UserError("a hessian's entries overflow; QUANTIZER=rtn does without")
     return torch.linalg.solve_triangular(factor.flip(-2, -1), eye.expand_as(hessian), upper=True)
 
 
 def act_order(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     """The columns by descending diagonal (k, n), U in that order, and which never fire."""
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    by_row, by_column = order.unsqueeze(-1).expand_as(hessian), order.unsqueeze(1).expand_as(hessian)
-    ordered = hessian.gather(1, by_row).gather(2, by_column)
+    ordered = hessian.take_along_dim(order.unsqueeze(-1), 1).take_along_dim(order.unsqueeze(1), 2)
     return order, inverse_cholesky(ordered, damp), ordered.diagonal(dim1=-2, dim2=-1) <= 0
 
 
 def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: Iterable[Tensor]) -> Tensor:
-    """Each row's candidate (k, out) of least squared error; weight (k, out, in), importance (k, in)."""
+    """Each row's candidate (k, out) of least error; weight (k, out, in), importance (k, in)."""
     best = best_error = torch.full_like(weight[..., 0], math.inf)
     for scales in map(storable, candidates):
         codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
@@ -1985,16 +1870,15 @@ def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: I
 
 def search_scales(weight: Tensor, U: Tensor, max_code: int) -> Tensor:
     """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in) in U's order."""
-    full = row_scales(weight, max_code)
+    full, importance = row_scales(weight, max_code), U.diagonal(dim1=-2, dim2=-1) ** -2
     shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
-    importance = U.diagonal(dim1=-2, dim2=-1) ** -2
     return best_scales(weight, max_code, importance, (full * share for share in shares))
 
 
 def clip_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
     """search_scales times the multiplier."""
     order, U, _ = act_order(hessian, damp=0.01)
-    return search_scales(weight.gather(2, order.unsqueeze(1).expand_as(weight)), U, max_code) * multiplier
+    return search_scales(weight.take_along_dim(order.unsqueeze(1), 2), U, max_code) * multiplier
 
 
 def lite_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
@@ -2005,18 +1889,13 @@ def lite_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tenso
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
 
 
-LEAF = 32  # columns that are rounded one by one before their error goes on in one matrix product
-
-
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
          scales: Tensor | None = None) -> QuantizedTensor:
     """Round a weight column by column, moving each column's error onto the columns not yet rounded.
 
-    weight (out, in), hessian (in, in) float, mean of x xT; both may have a batch dimension
-    scales (out,): the step of each row; None: searched by Hessian-weighted error
-    Raises ValueError on mismatched shapes or non-finite input. Frantar et al. 2023, algorithm 1,
-    arXiv:2210.17323, in descending order of the diagonal; lazy updates are halved recursively.
+    weight (out, in), hessian (in, in), mean of x xT, scales (out,), None: searched; all may be batched.
+    Frantar et al. 2023, algorithm 1, arXiv:2210.17323, the largest diagonal first.
     """
     if weight.ndim == 2:
         one = gptq(weight[None], hessian[None], max_code, damp, None if scales is None else scales[None])
@@ -2027,15 +1906,15 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
         raise ValueError(f"weight, hessian, scales must be finite and of shapes {needed}, got {shapes}")
     weight, hessian = weight.float(), hessian.float()
     order, U, dead = act_order(hessian, damp)
-    # Transposed, so that a column of the weight is contiguous. What never fires does not matter.
-    W = weight.mT.gather(1, order.unsqueeze(-1).expand(k, n, out)).masked_fill_(dead.unsqueeze(-1), 0.0)
+    # transposed, so that a column of the weight is contiguous; what never fires does not matter
+    W = weight.mT.take_along_dim(order.unsqueeze(-1), 1).masked_fill_(dead.unsqueeze(-1), 0.0)
     if scales is None:
         scales = search_scales(W.mT, U, max_code)
     scales = storable(scales)
     Q, E = torch.empty_like(W), torch.empty_like(W)
 
-    def solve(low: int, high: int) -> None:
-        if high - low > LEAF:
+    def solve(low, high) -> None:
+        if high - low > 32:  # fewer are rounded one by one before their error goes on in a product
             middle = (low + high) // 2
             solve(low, middle)
             W[:, middle:high].baddbmm_(U[:, low:middle, middle:high].mT, E[:, low:middle], alpha=-1)
@@ -2048,8 +1927,8 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
                 W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
 
     solve(0, n)
-    codes = torch.empty_like(Q).scatter_(1, order.unsqueeze(-1).expand(k, n, out), Q)
-    return QuantizedTensor(codes.mT.to(torch.int8).contiguous(), scales, max_code)
+    codes = Q.take_along_dim(order.argsort().unsqueeze(-1), 1).mT.to(torch.int8).contiguous()
+    return QuantizedTensor(codes, scales, max_code)
 
 
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, hessians (k, in, in)) -> steps (k, out)
@@ -2076,7 +1955,7 @@ def prune_smallest(weight: Tensor, share: float) -> Tensor:
 
 
 def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
-    """All but the matrices, on the CPU: tables pruned and rounded plainly, the rest fp16."""
+    """All but the matrices, on the CPU: tables rounded plainly, the rest fp16."""
     tables, matrices = model.max_codes("embed"), model.max_codes("matrix")
     done = {name: weight.cpu().half() for name, weight in weights.items() if name not in matrices}
     for name, max_code in tables.items():
@@ -2089,16 +1968,9 @@ def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
 @torch.no_grad()
 def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], world: World,
                    multiplier: float = 1.0) -> tuple[Tensors, dict]:
-    """Quantise a state dict by role: matrices by STEP_RULE and QUANTIZER; ranks split them.
-
-    model says what each tensor is, multiplier scales the matrix steps. Returns tensors on the CPU, and by
-    role and matrix the Hessian-weighted errors of plain rounding and of the result, with rows on the floor.
-    """
+    """Quantised tensors on the CPU, and by role and matrix the errors of plain rounding and of these."""
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
-    done = quantize_rest(model, weights)
-    nothing = dict(matrices=0, error_rounding=0.0, error=0.0, floored_rows=0)
-    report = {roles[name]: dict(nothing) for name in matrices}
-    report["matrices"] = {}
+    done, report = quantize_rest(model, weights), {"matrices": {}}
     kind = lambda name: (tuple(weights[name].shape), matrices[name])
     for (shape, max_code), group in itertools.groupby(sorted(matrices, key=kind), kind):
         names = list(group)
@@ -2107,7 +1979,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
         scales = torch.zeros(len(names), shape[0], device=world.device)
         errors = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
         if own:
-            latent = torch.stack([weights[names[i]].to(world.device).float() for i in own])
+            latent = torch.stack([weights[names[i]] for i in own]).to(world.device, torch.float32)
             W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[names[i]] for i in own])
             plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
@@ -2120,35 +1992,30 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             world.sum_(part)
         for i, name in enumerate(names):
             done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name])
-            found, report["matrices"][name] = report[roles[name]], errors[i].tolist()
-            found["matrices"] += 1
-            found["error_rounding"] += errors[i, 0].item()
-            found["error"] += errors[i, 1].item()
-            found["floored_rows"] += int((scales[i] <= SCALE_FLOOR).sum())
+            before, after = report["matrices"][name] = errors[i].tolist()
+            floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
+            report.setdefault(roles[name], collections.Counter()).update(
+                matrices=1, error_rounding=before, error=after, floored_rows=floored_rows)
     return done, report
 
 
 # ------------------------------------------------------------------------------------------
 # 11 Coder
-#
 # One file: a prefix, a JSON header, zstd frames of codes and of raw tensors, the SHA-256 of all; nothing in
-# it is executed. Codes of one role share a frame, as literals: matches in near-Gaussian codes cost more
-# than they save. absmax steps cost over four bits a weight where the limit leaves about 3.5, so all steps
+# it is executed. absmax steps cost over four bits a weight where the limit leaves about 3.5, so all steps
 # grow by one factor until the file fits.
 
 MAGIC, FORMAT_VERSION = b"PGOLFGPT", 1
 LEVEL = 22  # of zstd, for what is not codes
+MARGIN = 0.9985  # share of the room that a forecast may fill
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 24, 1 << 31, 64
-RAW_DTYPES = {name: getattr(torch, name) for name in (
+DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
 
 def zstd_frame(data: bytes, literals: bool, level: int = LEVEL) -> bytes:
-    """One zstd frame with its content size; `literals` turns the search for matches off.
-
-    Gaussian codes take 1.006 times their entropy; a plain level 22 takes 1.08 times, and seconds per 8 MB.
-    """
+    """One frame; as literals Gaussian codes take 1.006 times their entropy, with matches 1.08."""
     fast = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0, hash_log=6, window_log=17)
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1 if literals else level, source_size=len(data), **(fast if literals else {}))
@@ -2162,44 +2029,41 @@ def require(sound: bool, fault: str) -> None:
 
 
 def zstd_content(frame: bytes, size: int) -> bytes:
-    """The content of a frame of exactly `size` bytes; ValueError on anything else."""
-    try:
-        require(zstandard.frame_content_size(frame) == size, "a frame does not hold what the header says")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise UserError(f"damaged artifact: {error}") from None
+    """The content of a frame, of exactly `size` bytes."""
+    require(zstandard.frame_content_size(frame) == size >= 0, "a frame holds not what the header says")
+    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """A tensor's elements in row order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def bytes_tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    """The tensor that tensor_bytes was given."""
-    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """The next tensor of a stream that tensor_bytes wrote."""
+    data = bytearray(stream.read(math.prod(shape) * dtype.itemsize))
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return flat.reshape(shape)
 
 
 def pack(config: dict, tensors: Tensors) -> bytes:
-    """Config (a JSON dict) and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
-    sections: dict[str, list[bytes]] = {}
-    entries = []
+    """A JSON dict and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
+    sections, entries = collections.defaultdict(list), []
     for name, tensor in sorted(tensors.items()):
-        kind, section, max_code, data = str(getattr(tensor, "dtype", ""))[6:], "", 0, tensor
         if isinstance(tensor, QuantizedTensor):
-            data, scales, max_code = tensor.codes.cpu(), tensor.scales.detach().cpu().half(), tensor.max_code
+            data, scales, max_code = tensor.codes.cpu(), tensor.scales.cpu().half(), tensor.max_code
             if not 1 <= max_code <= 127 or (data.int().abs() > max_code).any():
-                raise ValueError(f"{name}: codes must lie within +-max_code, and max_code within 1..127")
+                raise ValueError(f"{name}: needs codes within +-max_code, and that within 1..127")
             if scales.shape != data.shape[:-1] or not torch.isfinite(scales).all():
-                raise ValueError(f"{name}: needs one finite scale per row that fp16 can hold")
+                raise ValueError(f"{name}: needs a scale per row, finite in fp16")
+            sections["scales"].append(tensor_bytes(scales))
             kind, section, data = "codes", f"{tensor.role}.{max_code}", data + max_code  # wraps into 0..254
-            sections.setdefault("scales", []).append(tensor_bytes(scales))
-        elif kind not in RAW_DTYPES:
-            raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be packed")
-        section = section or f"raw.{kind}"
-        sections.setdefault(section, []).append(tensor_bytes(data))
+        else:
+            kind, max_code, data = str(tensor.dtype).removeprefix("torch."), 0, tensor
+            section = f"raw.{kind}"
+            if kind not in DTYPES:
+                raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be packed")
+        sections[section].append(tensor_bytes(data))
         entries.append([name, kind, list(data.shape), section, max_code])
     plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
     if sum(map(len, plain.values())) > MOST_BYTES:
@@ -2213,36 +2077,31 @@ def pack(config: dict, tensors: Tensors) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def _unpack_tensors(header: dict, payload: memoryview) -> Tensors:
-    names, needed = [entry[0] for entry in header["tensors"]], collections.Counter()
-    require(all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-            and isinstance(header["config"], dict), "impossible names or config")
-    for _name, kind, shape, section, max_code in header["tensors"]:
-        require(type(max_code) is int and len(shape) <= MOST_DIMS and all(
-            type(n) is int and 0 <= n <= MOST_BYTES for n in shape) and math.prod(shape) <= MOST_BYTES,
-            "impossible tensor shape")
-        needed[section] += math.prod(shape) * (1 if kind == "codes" else RAW_DTYPES[kind].itemsize)
-        if kind == "codes":
-            needed["scales"] += 2 * math.prod(shape[:-1])
-    claimed = {key: plain for key, _, plain in header["sections"]}
-    require(claimed == needed and len(claimed) == len(header["sections"]) and needed.total() <= MOST_BYTES
-            and sum(packed for _, packed, _ in header["sections"]) == len(payload),
-            "sections and tensors do not add up")
-    plain, at = {}, 0
-    for key, packed, size in header["sections"]:
-        plain[key] = io.BytesIO(zstd_content(bytes(payload[at: at + packed]), size))
-        at += packed
-    tensors: dict[str, QuantizedTensor | Tensor] = {}
+def read_header(blob: bytes) -> tuple[dict, int]:
+    """The header of a file, and where it ends."""
+    _, _, small, size = PREFIX.unpack_from(blob)
+    require(size <= MOST_HEADER_BYTES, "impossible header size")
+    end = PREFIX.size + small
+    return json.loads(zstd_content(blob[PREFIX.size: end], size)), end
+
+
+def _unpack_tensors(header: dict, payload: bytes) -> Tensors:
+    sizes, frames, tensors = header["sections"], io.BytesIO(payload), {}
+    require(sum(size for _, _, size in sizes) <= MOST_BYTES
+            and sum(packed for _, packed, _ in sizes) == len(payload), "impossible sections")
+    plain = {key: io.BytesIO(zstd_content(frames.read(packed), size)) for key, packed, size in sizes}
     for name, kind, shape, section, max_code in header["tensors"]:
-        dtype = RAW_DTYPES["uint8" if kind == "codes" else kind]
-        data = bytes_tensor(plain[section].read(math.prod(shape) * dtype.itemsize), dtype, shape)
+        require(isinstance(name, str) and len(shape) <= MOST_DIMS and all(
+            type(n) is int and 0 <= n <= MOST_BYTES for n in (max_code, *shape)), "impossible name or shape")
+        tensors[name] = data = read_tensor(plain[section], DTYPES[kind], shape)
         if kind == "codes":
             require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
-            scales = bytes_tensor(plain["scales"].read(2 * math.prod(shape[:-1])), torch.float16, shape[:-1])
+            scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
             require(torch.isfinite(scales).all(), "a scale is not finite")
             codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
-            data = QuantizedTensor(codes, scales.float(), max_code, role)
-        tensors[name] = data
+            tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role)
+    require(len(tensors) == len(header["tensors"]) and len(plain) == len(sizes)
+            and not any(stream.read() for stream in plain.values()), "sections and tensors do not add up")
     return tensors
 
 
@@ -2250,43 +2109,38 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
     """What `pack` was given; executes nothing. ValueError on damage or an impossible claim."""
     if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
         raise UserError("not an artifact of this script, or a truncated one")
-    _, version, small, size = PREFIX.unpack_from(blob)
-    if version != FORMAT_VERSION:
+    if (version := PREFIX.unpack_from(blob)[1]) != FORMAT_VERSION:
         raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
     require(hashlib.sha256(blob[:-32]).digest() == blob[-32:], "its checksum does not match its content")
-    require(size <= MOST_HEADER_BYTES and PREFIX.size + small + 32 <= len(blob), "impossible header size")
     try:
-        header = json.loads(zstd_content(blob[PREFIX.size: PREFIX.size + small], size))
-        return header["config"], _unpack_tensors(header, memoryview(blob)[PREFIX.size + small: -32])
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError,
-            json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"damaged artifact: malformed header ({type(error).__name__})") from None
+        header, end = read_header(blob)
+        require(isinstance(header["config"], dict), "its config is not a mapping")
+        return header["config"], _unpack_tensors(header, blob[end:-32])
+    except UserError:
+        raise
+    except Exception as error:  # a forgery may run into anything
+        raise UserError(f"damaged artifact: {type(error).__name__} where it was read") from None
 
 
 def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
     """Packed and plain bytes of each section of a file."""
-    _, _, small, size = PREFIX.unpack_from(blob)
-    header = json.loads(zstd_content(blob[PREFIX.size: PREFIX.size + small], size))
-    return {"header": {"bytes": PREFIX.size + small + 32}} | {
+    header, end = read_header(blob)
+    return {"header": {"bytes": end + 32}} | {
         key: {"bytes": packed, "plain_bytes": plain} for key, packed, plain in header["sections"]}
 
 
-MARGIN = 0.9985  # share of the room that a forecast may fill
-
-
 class Rate:
-    """Bytes of the packed model over the rate multiplier, by the coder's length of a sample of codes."""
-
+    """Forecasts the packed bytes by the coder's length of a sample of codes."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], sample: int = 1 << 16):
-        roles, scales, samples = model.roles(), [], {}
+        roles, scales, counts, units = model.roles(), [], collections.Counter(), collections.defaultdict(list)
         for name, max_code in model.max_codes("matrix").items():
             weight, steps = weights[name], storable(row_scales(weights[name], max_code))
             some = weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1)
-            samples.setdefault((roles[name], max_code), []).append((weight.numel(), some.flatten()))
+            counts[roles[name], max_code] += weight.numel()
+            units[roles[name], max_code].append(some.flatten())
             scales.append(tensor_bytes(steps.half()))
         self.fixed = len(pack({}, quantize_rest(model, weights))) + len(zstd_frame(b"".join(scales), True))
-        self.samples = [(max_code, sum(count for count, _ in parts), torch.cat([units for _, units in parts]))
-                        for (_, max_code), parts in samples.items()]
+        self.samples = [(key[1], count, torch.cat(units[key])) for key, count in counts.items()]
 
     def bytes(self, multiplier: float) -> float:
         total = self.fixed
@@ -2301,8 +2155,7 @@ class Rate:
         while self.bytes(high) > limit:
             low, high = high, 2 * high
             if high > 1e4:  # every code is zero by now
-                raise UserError(f"no step brings the model under {limit:.0f}B: with zero matrices it takes "
-                                f"{self.bytes(high):.0f}B; lower VOCAB_SIZE, BIGRAM_VOCAB_SIZE or MODEL_DIM")
+                raise UserError(f"no step brings the model under {limit:.0f}B; lower VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
             middle = (low + high) / 2
             low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
@@ -2310,17 +2163,14 @@ class Rate:
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
-    """What the artifact says of itself: the model's settings, and where it comes from."""
+    """The model's settings, and where the file comes from."""
     return {"model": {name: getattr(hp, name) for name in hp.fields("model")}, "facts": facts}
 
 
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                  facts: dict, passes: int = 4) -> tuple[bytes, dict]:
-    """The file that fills ARTIFACT_LIMIT with the code and does not pass it, and the quantiser's report.
-
-    The multiplier is found on plainly rounded codes, and corrected where GPTQ's cost more or less.
-    """
-    room, rate, best, report = run.room, Rate(model, weights), b"", {}
+    """The file that fills what the code leaves, after some passes, and the quantiser's report."""
+    room, rate, best = run.room, Rate(model, weights), b""
     target = room * MARGIN
     for _ in range(passes):
         multiplier = rate.multiplier(target)
@@ -2334,29 +2184,23 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
             break
         target *= room * MARGIN / len(blob)
     if not best:
-        raise UserError(f"{passes} files passed the {room}B that ARTIFACT_LIMIT and the code leave; model.pt "
-                        f"is kept: STAGES=quantize with fewer ATTN_BITS or MLP_BITS goes on from there")
+        raise UserError(f"no file fits the {room}B that ARTIFACT_LIMIT and the code leave; model.pt is kept, "
+                        "so try STAGES=quantize with fewer ATTN_BITS or MLP_BITS")
     return best, report
 
 
-def artifact_settings(config: dict, hp: Hyperparameters) -> Hyperparameters:
-    """The caller's settings under those of the artifact's model; what it lacks is off."""
-    fields, given = hp.fields("model"), config["model"]
-    if unknown := given.keys() - fields.keys():
-        raise TypeError(f"it has settings that this script does not know: {', '.join(sorted(unknown))}")
-    settings = {name: given.get(name, f.metadata["off"]) for name, f in fields.items()}
-    settings["ve_layers"] = tuple(settings["ve_layers"])
-    for name, value in settings.items():
-        if type(value) is not type(getattr(hp, name)):
-            raise TypeError(f"{name} is missing or of the wrong type")
-    return dataclasses.replace(hp, **settings)
-
-
 def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, dict]:
-    """The model, rebuilt from the file alone, and what the file says of its origin."""
-    config, tensors = unpack(blob)
+    """The model from the file alone, techniques that it lacks off, and the file's facts."""
+    (config, tensors), fields = unpack(blob), hp.fields("model")
     try:
-        hp = artifact_settings(config, hp)
+        settings = {name: f.metadata["off"] for name, f in fields.items()} | config["model"]
+        if unknown := settings.keys() - fields.keys():
+            raise TypeError(f"this script does not know its settings {', '.join(sorted(unknown))}")
+        settings["ve_layers"] = tuple(settings["ve_layers"])
+        for name, value in settings.items():
+            if type(value) is not type(getattr(hp, name)):
+                raise TypeError(f"{name} is missing or of the wrong type")
+        hp = dataclasses.replace(hp, **settings)
         if hp.num_layers > len(tensors):
             raise TypeError("num_layers is far too large")
         if wrong := problems(hp):
@@ -2367,19 +2211,14 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
                    for name, t in tensors.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the artifact does not describe a model of this script: {reason}") from None
+        raise UserError(f"the artifact is no model of this script: {str(error).splitlines()[0]}") from None
     return model.to(world.device), config.get("facts", {})
 
 
 # ------------------------------------------------------------------------------------------
 # 12 Training
-#
 # Nothing in a step waits for the device: loss, clock and stop request travel at the end of the gradient
 # vector, so all ranks read the same numbers, a step late on CUDA, and take the same decisions.
-
-REMEDY = "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"  # of numbers that are not finite
-
 
 class Interrupted(Exception):
     """SIGTERM came; a checkpoint is written."""
@@ -2387,12 +2226,11 @@ class Interrupted(Exception):
 
 class Stepper:
     """What a step needs: data, compiled model, flat parameters, optimisers, fake quantiser."""
-
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
         self.model, self.score_fn, self.flat = wrap(model), wrap(token_losses), FlatParameters(model)
-        world.broadcast_(self.flat.weights)  # the same seed gives other orthogonal matrices on another CPU
+        world.broadcast_(self.flat.weights)  # another CPU makes other orthogonal matrices of a seed
         orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype))
         self.optimisers = Optimisers(self.flat, model.roles(), hp, world, orthogonalise)
         self.qat = FakeQuantizer(self.flat.stacks(model.max_codes("matrix")), hp.soft_round_qat, wrap)
@@ -2406,16 +2244,14 @@ class Stepper:
         return tuple(self.world.to_device(part.contiguous()) for part in (rows[:, :-1], rows[:, 1:]))
 
     def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False):
-        """One update of all weights."""
         flat, (x, y) = self.flat, self.batch()
         if qat_on:
             self.qat.quantize(soft_round_alpha(self.hp, scale))
         flat.reduced.zero_()
-        for micro_x, micro_y in zip(x.split(self.micro), y.split(self.micro)):
-            if not len(micro_x):
-                break  # more ranks than sequences
+        for at in range(0, len(x), self.micro):
+            micro = x[at: at + self.micro]
             with self.world.autocast():
-                loss = self.model(micro_x, micro_y) * (len(micro_x) / self.sequences)
+                loss = self.model(micro, y[at: at + self.micro]) * (len(micro) / self.sequences)
             loss.backward()
             flat.slot["loss"] += loss.detach()
         if qat_on:
@@ -2427,7 +2263,7 @@ class Stepper:
         self.optimisers.step(scale, momentum)
 
     def warm_up(self) -> None:
-        """Compile everything, QAT included, then restore what the steps changed."""
+        """Compile everything, QAT included, and undo the steps."""
         initial = self.flat.weights.clone()
         for i in range(self.hp.warmup_steps):
             self.step(1.0, self.hp.muon_momentum, qat_on=i == 0 and self.hp.late_qat_threshold > 0)
@@ -2448,17 +2284,14 @@ class Stepper:
 
 class Telemetry:
     """Carries losses, clock and stop requests to the host; all ranks read the same."""
-
     def __init__(self, world: World, clock: Clock):
-        self.world, self.clock, self.stopping = world, clock, False
-        self.pending = collections.deque()
+        self.world, self.clock, self.stopping, self.pending = world, clock, False, collections.deque()
 
     def post(self, step: int, scale: float, slots: Tensor) -> None:
-        """Start to copy the slots of step `step`, counted from 0."""
         self.pending.append((step, step - len(self.pending), scale, *self.world.to_host(slots)))
 
     def read(self, lag: int) -> Iterator[tuple[int, float, float]]:
-        """Step from 1, learning-rate scale and loss of all but the newest `lag` steps."""
+        """Steps done, learning-rate scale and loss of all but the newest `lag` steps."""
         while len(self.pending) > lag:
             step, self.clock.agreed_step, scale, copy, wait = self.pending.popleft()
             wait()
@@ -2468,8 +2301,7 @@ class Telemetry:
 
 
 class StepLog:
-    """Turns what is known of a step into a metric and a line."""
-
+    """A finished step's metric and line."""
     def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float):
         self.hp, self.log, self.clock, self.bpb_per_nat = run.hp, run.log, clock, bpb_per_nat
         self.first_step, self.first_second = first_step, clock.elapsed
@@ -2493,79 +2325,52 @@ class StepLog:
 
 class Checkpoint:
     """checkpoint.pt: the states of a run's parts, there whole or not at all."""
-
     def __init__(self, run: Run, settings: Mapping[str, object], parts: Mapping[str, object]):
-        self.run, self.settings, self.parts = run, settings, parts
-        self.step = 0  # that the file is of
+        self.run, self.settings, self.parts, self.step = run, settings, parts, 0
 
     def __str__(self) -> str:
         return f"the last checkpoint is of step {self.step}" if self.step else "there is no checkpoint"
 
-    @staticmethod
-    def path(folder: Path) -> Path:
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise UserError(f"RESUME=1, but {path} is missing; start without RESUME, under another RUN_ID")
-        return path
-
     def save(self, step: int) -> None:
-        """Write it, unless weights are not finite: the next loss ends the run. A collective."""
+        """Write it, unless weights are not finite: the next loss ends the run."""
         if torch.isfinite(self.parts["stepper"].flat.weights).all():
             state = {name: part.state_dict() for name, part in self.parts.items()}
             self.run.write("checkpoint.pt", saved(state | {"settings": self.settings, "step": step}))
             self.step = step
-            self.run.world.barrier()  # no rank may end, and take the others with it, before the file is whole
+            self.run.world.barrier()  # no rank may end the others before the file is whole
             self.run.log(f"checkpoint step:{step}")
 
     def load(self) -> int:
-        """Give every part its state back; returns the steps done."""
-        path = self.path(self.run.folder)
+        path = self.run.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            kept, self.step = state["settings"], state["step"]
-            parts = {name: state[name] for name in self.parts}
+            kept, self.step, *parts = (state[name] for name in ("settings", "step", *self.parts))
         except Exception as error:  # torch raises several kinds on a damaged file
-            kind = type(error).__name__
-            raise UserError(f"{path} is no checkpoint of this script ({kind}); use another RUN_ID") from None
+            raise UserError(f"{path} is damaged ({type(error).__name__}); use another RUN_ID") from None
         if differ := [name.upper() for name, value in self.settings.items() if kept.get(name) != value]:
             raise UserError(f"{path} was made with other settings: {', '.join(differ)}; resume with the same")
-        for name, part in self.parts.items():
-            part.load_state_dict(parts[name])
+        for part, own in zip(self.parts.values(), parts):
+            part.load_state_dict(own)
         return self.step
 
 
 def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
-    """Seconds for calibration and two solves (a file may miss the limit), by doing a part of it."""
+    """Seconds for calibration and two solves, by doing a part of it."""
     hp, world, limit = run.hp, run.world, run.hp.max_wallclock_seconds
     if not limit or "quantize" not in hp.stages:
         return 0.0
     share, weights = max(hp.gptq_calib_sequences // 8, world.size), model.state_dict()
     sample = stream.sample(share, hp.train_seq_len, hp.seed)
-
-    def solve() -> None:
-        Rate(model, weights).multiplier(run.room * MARGIN)
-        pack({}, quantize_model(model, weights, hessians, world)[0])
-
     with run.training.phase("rehearsal", counted=False):
         hessians = collect_hessians(model, sample, world)  # fills caches
         calibration = world.seconds(lambda: collect_hessians(model, sample, world))
-        solving = world.seconds(solve)
+        solving = world.seconds(lambda: Rate(model, weights).multiplier(run.room * MARGIN))
+        solving += world.seconds(lambda: pack({}, quantize_model(model, weights, hessians, world)[0]))
     reserve = world.max(calibration * hp.gptq_calib_sequences / share + 2 * solving) * 1.15 + 0.5
     run.log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
     if reserve > limit / 2:
-        raise UserError(f"quantising takes {reserve:.0f}s here, over half of MAX_WALLCLOCK_SECONDS={limit:g}")
+        raise UserError(f"quantising takes {reserve:.0f}s; raise MAX_WALLCLOCK_SECONDS to over twice that")
     return reserve
-
-
-def validate(run: Run, model: GPT, validation: Validation, step: int, clock: Clock, score_fn: Callable):
-    """Score the model as it stands, with the clock stopped."""
-    run.world.synchronize()
-    clock.stop()
-    with run.training.phase("validation", counted=False):
-        found = score_split(run, model, validation, run.hp.eval_seq_len, "validation", score_fn)
-    run.log(f"step:{step}/{run.hp.iterations} {found} time:{clock.elapsed:.1f}s")
-    run.log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb, seconds=clock.elapsed)
-    clock.start()
 
 
 def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -> None:
@@ -2582,59 +2387,41 @@ def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -
 
 
 @torch.no_grad()
-def qat_proof(model: GPT, stepper: Stepper, raw: Tensor, rows: Tensor) -> dict:
-    """Distances of raw and exported weights to their grid, the exported ones' loss, and rounded."""
-    flat, qat, exported = stepper.flat, stepper.qat, stepper.flat.weights.clone()
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    proof = {"first_step": qat.started_at + 1, "multiplier": qat.multiplier,
-             "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
-             "loss": model(x, y).item()}
-    qat.quantize(0.0, hard_quantize)
-    proof["loss_rounded"] = model(x, y).item()
-    flat.weights.copy_(raw)
-    proof["distance_raw"] = qat.distance()
-    flat.weights.copy_(exported)
-    return proof
-
-
 def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -> dict:
     """Put the average in place of the last weights; returns the proofs of training."""
-    hp, flat, chosen = run.hp, stepper.flat, run.hp.averaging
+    hp, flat, qat, chosen = run.hp, stepper.flat, stepper.qat, run.hp.averaging
     raw = flat.weights.clone()
     if chosen == "swa" and not swa.count:
         run.log("averaging: SWA has no snapshot (SWA_EVERY, SWA_THRESHOLD), the raw weights are exported")
         chosen = "none"
-    flat.weights.copy_({"ema": ema.average, "swa": swa.average, "none": raw}[chosen])
-    distance = ((flat.weights - raw).norm() / raw.norm()).item()
+    average = {"ema": ema.average, "swa": swa.average, "none": raw}[chosen]
+    flat.weights.copy_(average)
+    distance = ((average - raw).norm() / raw.norm()).item()
     proofs = {"averaging": {"distance_from_raw": distance, "exported": chosen, "swa_snapshots": swa.count},
               "qat": None}
-    if stepper.qat.on:
+    if qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with run.world.autocast():
-            proofs["qat"] = qat_proof(model, stepper, raw, rows)
+            proofs["qat"] = proof = {
+                "first_step": qat.started_at + 1, "multiplier": qat.multiplier,
+                "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
+                "loss": model(x, y).item()}
+            qat.quantize(0.0, hard_quantize)
+            proof["loss_rounded"] = model(x, y).item()
+        flat.weights.copy_(raw)
+        proof["distance_raw"] = qat.distance()
+        flat.weights.copy_(average)
     for technique, proof in proofs.items():
         run.log.proof(technique, proof)
     return proofs
 
 
-@dataclass
-class Trained:
-    """What training hands on: the exported weights, and findings for result.json."""
-
-    weights: dict[str, Tensor]
-    found: dict
-
-
-def follow(telemetry: Telemetry, step_log: StepLog, checkpoint: Checkpoint, lag: int) -> None:
-    """Log finished steps. Raises UserError on a loss that is not finite."""
-    for step, scale, loss in telemetry.read(lag):
-        step_log(step, scale, loss)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of step {step} is {loss}; {REMEDY}; {checkpoint}")
+Trained = collections.namedtuple("Trained", "weights found")  # the average, and findings for result.json
 
 
 def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train `model`, export its average. Raises UserError on a loss that is not finite, or Interrupted."""
+    """Train the model and export its average. Raises Interrupted after SIGTERM."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
@@ -2642,8 +2429,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     flat, qat = stepper.flat, stepper.qat
     for line in stepper.optimisers.describe():
         log(line)
-    log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} sequences_per_step:"
-        f"{stepper.sequences} micro_batch:{stepper.micro}x{hp.train_seq_len} "
+    log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} "
+        f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.train_seq_len} "
         f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()
@@ -2653,32 +2440,44 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     # 2. the state of a new run, or that of its checkpoint
     clock = Clock(max(hp.max_wallclock_seconds - reserve, 0.0))
     ema, swa, step = EMA(flat.weights, hp.ema_decay), SWA(flat.weights), 0
-    parts = dict(stepper=stepper, ema=ema, swa=swa, clock=clock)
     matters = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
     matters |= {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
-    checkpoint = Checkpoint(run, matters, parts)
+    checkpoint = Checkpoint(run, matters, dict(stepper=stepper, ema=ema, swa=swa, clock=clock))
     if hp.resume:
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
     step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
-    stop_requested = threading.Event()
+    stop_requested, remedy = threading.Event(), "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
     previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
+
+    def follow(lag) -> None:
+        for done, scale, loss in telemetry.read(lag):
+            step_log(done, scale, loss)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
+
     world.barrier()
     clock.start()
     while True:
         # 3. what is known of finished steps
         saving = hp.checkpoint_every and step > checkpoint.step and step % hp.checkpoint_every == 0
-        follow(telemetry, step_log, checkpoint, 0 if saving else lag)
+        follow(0 if saving else lag)
         if saving:
             checkpoint.save(step)
         if telemetry.stopping or step >= hp.iterations or clock.out_of_time(step + 1 + lag):
             break
-        # 4. the step and the averages
+        # 4. validation, the step, the averages
         progress = progress_at(hp, step, clock)
         scale = lr_scale(hp, progress)
         if hp.val_loss_every and step and step % hp.val_loss_every == 0:
-            validate(run, model, validation, step, clock, stepper.score_fn)
+            world.synchronize()
+            clock.stop()
+            with run.training.phase("validation", counted=False):
+                found = score_split(run, model, validation, hp.eval_seq_len, "validation", stepper.score_fn)
+            log(f"step:{step}/{hp.iterations} {found} time:{clock.elapsed:.1f}s")
+            log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb, seconds=clock.elapsed)
+            clock.start()
         if qat_active(hp, scale) and not qat.on:
             begin_qat(run, model, stepper, step, scale)
         stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, stop_requested.is_set())
@@ -2687,93 +2486,85 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             swa.update(flat.weights)
         telemetry.post(step, scale, flat.slots)
         step += 1
-    follow(telemetry, step_log, checkpoint, lag=0)
+    follow(lag=0)
     world.synchronize()
     clock.stop()
     if not torch.isfinite(flat.weights).all():
-        raise UserError(f"the weights are not finite after step {step}; {REMEDY}; {checkpoint}")
+        raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
     if world.max(float(stop_requested.is_set())):  # also one that came in the last step
         checkpoint.save(step)
         raise Interrupted(f"stopped by SIGTERM after step {step}; {checkpoint}; "
-                          f"RUN_ID={run.folder.name} RESUME=1 continues from there")
+                          f"RUN_ID={run.folder.name} RESUME=1 goes on")
     signal.signal(signal.SIGTERM, previous_handler)
     # 5. the average that is exported, and what is known of the training
-    seconds = world.max(clock.elapsed)
+    seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
     run.training.add("train", seconds)
-    facts = {"params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
-             "step_ms": 1000 * step_log.pace(step), "tokens_seen": step * hp.train_batch_tokens,
-             "compiled": stepper.compiling, "peak_memory": world.peak_memory(), "reserve_seconds": reserve}
-    log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{facts['step_ms']:.2f}ms "
-        f"tokens:{facts['tokens_seen']} peak_memory:{facts['peak_memory'] / 2**20:.0f}MiB")
+    tokens = step * hp.train_batch_tokens
+    log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{step_ms:.2f}ms tokens:{tokens} "
+        f"peak_memory:{memory / 2**20:.0f}MiB")
     with run.training.phase("average and proofs"):
         proofs = export_average(run, model, stepper, ema, swa)
     weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
-    return Trained(weights, facts | {"proofs": proofs})
+    return Trained(weights, {
+        "params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
+        "step_ms": step_ms, "tokens_seen": tokens, "compiled": stepper.compiling, "peak_memory": memory,
+        "reserve_seconds": reserve, "proofs": proofs})
 
 
 # ------------------------------------------------------------------------------------------
 # 13 Test-time training
-#
 # Score first, train afterwards: a chunk's losses are banked under no-grad, then the model is trained on it,
 # so no token is scored by weights that have seen it. The last chunk is not trained (#461, #549, #1413).
 
-# Parts of the names of the tensors that are not matrices, as #601 counts them (25,689 parameters there).
-CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear", "bigram.scale")
-
-
 def ttt_parameters(model: GPT) -> dict[str, nn.Parameter]:
-    """What TTT trains, by TTT_PARAMS."""
+    """What TTT trains, by TTT_PARAMS; control tensors as #601 counts them (25,689 parameters there)."""
     hp = model.hp
     last = [f"blocks.{i}." for i in range(hp.num_layers - hp.ttt_freeze_blocks, hp.num_layers)]
-    parts = {"blocks": [*last, "scale"], "control": CONTROL_NAMES, "all": [""]}[hp.ttt_params]
+    control = "attn_scale mlp_scale resid_mix q_gain skip_weight smear bigram.scale".split()
+    parts = {"blocks": [*last, "scale"], "control": control, "all": [""]}[hp.ttt_params]
     return {name: p for name, p in model.named_parameters() if any(part in name for part in parts)}
 
 
-def ttt_optimiser(parameters: Mapping[str, nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """AdamW or SGD, with #601's rates per layer where asked for."""
-    factors = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5} if hp.ttt_perlayer_lr else {}
-    rates = {name: hp.ttt_lr * factors.get(".".join(name.split(".")[-3:]), 1.0) for name in parameters}
-    groups = [dict(params=[p for name, p in parameters.items() if rates[name] == rate], lr=rate, base_lr=rate)
-              for rate in dict.fromkeys(rates.values())]
-    if hp.ttt_optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=hp.ttt_momentum)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-
-
 def ttt_lr_scale(hp: Hyperparameters, chunk: int, chunks: int, step: int, steps: int) -> float:
-    """The learning rate's share: a cosine over the run's chunks or a chunk's steps."""
+    """The learning rate's share, by TTT_SCHEDULE."""
     share = {"run": chunk / max(chunks - 1, 1), "chunk": step / steps, "constant": 0.0}[hp.ttt_schedule]
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
 class ChunkTrainer:
     """Trains on scored chunks; batch and steps are the same on any number of ranks."""
-
     def __init__(self, model: GPT, hp: Hyperparameters, world: World):
         self.model, self.hp, self.world = model, hp, world
         self.parameters = ttt_parameters(model)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.parameters)
-        self.optimiser = ttt_optimiser(self.parameters, hp)
+        factors = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5} if hp.ttt_perlayer_lr else {}  # #601
+        by_rate = collections.defaultdict(list)
+        for name, p in self.parameters.items():
+            by_rate[hp.ttt_lr * factors.get(".".join(name.split(".")[-3:]), 1.0)].append(p)
+        groups = [dict(params=group, lr=rate, base_lr=rate) for rate, group in by_rate.items()]
+        if hp.ttt_optimizer == "sgd":
+            self.optimiser = torch.optim.SGD(groups, momentum=hp.ttt_momentum)
+        else:
+            self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.trained, self.steps = sum(p.numel() for p in self.parameters.values()), 0
         self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606
 
     def gradients(self, batch: Tensor) -> None:
         """Of the mean loss of a batch (B, T + 1) over all ranks, clipped to norm 1."""
-        mine, grads = self.world.shard(len(batch)), {p: torch.zeros_like(p) for p in self.parameters.values()}
-        for p, grad in grads.items():
-            p.grad = grad
-        for part in batch[mine.start: mine.stop].split(self.part):
-            if len(part):
-                with self.world.autocast():
-                    loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-                (loss * (len(part) / len(batch))).backward()
-        if self.world.grouped:
-            flat = self.world.sum_(torch.cat([grad.flatten() for grad in grads.values()]))
-            for p, summed in zip(grads, flat.split([p.numel() for p in grads])):
-                p.grad.copy_(summed.view_as(p))
-        torch.nn.utils.clip_grad_norm_(grads.keys(), 1.0)
+        mine, trained = self.world.shard(len(batch)), [*self.parameters.values()]
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        for at in range(mine.start, mine.stop, self.part):
+            part = batch[at: min(at + self.part, mine.stop)]
+            with self.world.autocast():
+                loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+            (loss * (len(part) / len(batch))).backward()
+        whole = self.world.sum_(torch.cat([p.grad.flatten() for p in trained]))
+        for p, summed in zip(trained, whole.split([p.numel() for p in trained])):
+            p.grad = summed.view_as(p)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
 
     @torch.enable_grad()
     def train(self, tokens: Tensor, first: int, end: int, chunk: int, chunks: int) -> None:
@@ -2806,42 +2597,37 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
                  trainer: ChunkTrainer | None = None) -> tuple[Score, dict]:
     """Score every position once with sliding windows, training on each chunk after it is scored.
 
-    seconds is what is left of the evaluation clock, for which training stops; the rest as for `evaluate`.
-    Changes the model. Returns the Score and the proof.
+    Changes the model. Training stops in time for `seconds`; the other arguments are those of `evaluate`.
     """
-    hp, positions = model.hp, len(tokens) - 1
-    windows, size = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride), hp.ttt_chunk_tokens
-    chunks = -(-positions // size)
-    parts: list[list[tuple[int, int, int]]] = [[] for _ in range(chunks)]
-    for window in windows:  # a window belongs to the chunk of its first scored position
-        parts[window[2] // size].append(window)
+    hp, positions, size = model.hp, len(tokens) - 1, model.hp.ttt_chunk_tokens
+    windows, chunks = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride), -(-positions // size)
+    of_first_scored = lambda window: window[2] // size
+    parts = {chunk: list(part) for chunk, part in itertools.groupby(windows, of_first_scored)}
     trainer = trainer or ChunkTrainer(model, hp, world)
     batch_tokens = scoring_batch_tokens(hp, world, size)
     log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{trainer.trained} "
         f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
         f"batch:{hp.ttt_batch_seqs}x{hp.eval_seq_len}")
-    total, progress, start = Score(), ProgressLine(log, "ttt", positions), time.perf_counter()
-    scoring: list[float] = []  # seconds per chunk; the first one compiles, so it forecasts nothing
-    training: list[float] = []
-    untrained_from = None
-    for chunk, part in enumerate(parts):
+    progress, start = ProgressLine(log, "ttt", positions), time.perf_counter()
+    total, untrained_from = Score(), None
+    scoring, training = [], []  # seconds of each chunk; the first compiles, and forecasts nothing
+    for chunk in range(chunks):
         began = time.perf_counter()
-        total += evaluate(model, tokens, byte_counts, part, world, batch_tokens, hp.ttt_temperature, score_fn,
-                          nll)
+        total += evaluate(model, tokens, byte_counts, parts.get(chunk, []), world, batch_tokens,
+                          hp.ttt_temperature, score_fn, nll)
         scoring.append(time.perf_counter() - began)
         end = min((chunk + 1) * size, positions)
         if progress.due():
             progress(end, total.val_bpb, f" steps:{trainer.steps}")
-        log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions,
-                   seconds=time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+        log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=elapsed)
         if chunk + 1 == chunks:
             break
         per_chunk, one_more = (float(np.median(each[1:] or [0.0])) for each in (scoring, training))
-        finish = world.max(time.perf_counter() - start + 1.05 * per_chunk * (chunks - chunk - 1) + one_more)
+        finish = world.max(elapsed + 1.05 * per_chunk * (chunks - chunk - 1) + one_more)
         if untrained_from is None and finish > seconds:
             untrained_from = chunk
-            log(f"ttt training stops after chunk {chunk} of {chunks}: scoring would end at {finish:.0f}s of "
-                f"{seconds:.0f}s")
+            log(f"ttt training stops after chunk {chunk} of {chunks}, to end before {seconds:.0f}s")
         if untrained_from is None:
             began = time.perf_counter()
             trainer.train(tokens, chunk * size, end, chunk, chunks)
@@ -2856,7 +2642,6 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
 
 # ------------------------------------------------------------------------------------------
 # 14 Main
-#
 # Train, compress, forget, load, score. A stage hands the next one a plain value, and leaves files for a
 # later run.
 
@@ -2883,12 +2668,8 @@ def train_stage(run: Run, validation: Validation) -> Trained:
     return trained
 
 
-@dataclass
-class Packed:
-    """What compression hands on: the file, and findings for result.json."""
-
-    blob: bytes
-    found: dict
+Packed = collections.namedtuple("Packed", "blob found")  # the file, and findings for result.json
+Scored = collections.namedtuple("Scored", "scores proofs")  # by name
 
 
 def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
@@ -2899,12 +2680,12 @@ def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError:
-        raise UserError("model.pt holds another model than the settings describe") from None
-    model = model.to(world.device).use(choose_attention(hp, world)[1])
+        raise UserError("model.pt holds another model; set what it was trained with") from None
+    model.to(world.device).use(choose_attention(hp, world)[1])
     with run.training.phase("calibrate"):
         stream = TokenStream(read_split(hp.data_path, "train"))
-        sequences = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
-        hessians = collect_hessians(model, sequences, world)
+        sample = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
+        hessians = collect_hessians(model, sample, world)
     log(f"calibrated sequences:{hp.gptq_calib_sequences}x{hp.train_seq_len} "
         f"peak_memory:{world.peak_memory() / 2**20:.0f}MiB")
     facts = {key: run.result.get(key) for key in ("preset", "seed", "steps", "script_sha256", "corpus")}
@@ -2923,17 +2704,9 @@ def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
         "sha256": hashlib.sha256(blob).hexdigest()}})
 
 
-@dataclass
-class Scored:
-    """What scoring hands on: the scores by name, and their proofs."""
-
-    scores: dict[str, Score]
-    proofs: dict
-
-
 def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     """Rebuild the model from the artifact alone and score it."""
-    hp, world, clock, scored = run.hp, run.world, run.evaluation, Scored({}, {})
+    hp, world, clock, scores, proofs = run.hp, run.world, run.evaluation, {}, {}
     with clock.phase("load"):
         model, _ = load_artifact(blob, hp, world)
         model.use(choose_attention(model.hp, world)[1])
@@ -2941,76 +2714,72 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
     for name, stride in strides.items():
         with clock.phase(name):
-            scored.scores[name] = score_split(run, model, validation, stride, name, scorer)
-        record_score(run, name, scored.scores[name])
+            scores[name] = score_split(run, model, validation, stride, name, scorer)
+        record_score(run, name, scores[name])
     if hp.ttt_enabled:
         with clock.phase("ttt"):
-            scored.scores["ttt"], scored.proofs["ttt"] = evaluate_ttt(
+            scores["ttt"], proofs["ttt"] = evaluate_ttt(
                 model, validation.tokens, validation.byte_counts, world, run.log, clock.left, scorer)
-        record_score(run, "ttt", scored.scores["ttt"])
-        run.log.proof("ttt", scored.proofs["ttt"])
-    return scored
+        record_score(run, "ttt", scores["ttt"])
+        run.log.proof("ttt", proofs["ttt"])
+    return Scored(scores, proofs)
 
 
 def open_run(hp: Hyperparameters, world: World) -> Path:
-    """The run's folder under logs/, the same on every rank."""
+    """The run's folder, the same on every rank, with all that its stages read."""
     stamp = world.broadcast_(torch.tensor(time.time(), dtype=torch.float64, device=world.device)).item()
     when = datetime.fromtimestamp(stamp).strftime("%Y%m%d-%H%M%S")
     folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when}")
-    taken = world.max(float((folder / "log.txt").exists()))
-    if "train" in hp.stages and taken and not hp.resume:
+    taken, stages = world.max(float((folder / "log.txt").exists())), hp.stages.split(",")
+    if "train" in stages and taken and not hp.resume:
         raise UserError(f"{folder} exists; choose another RUN_ID, or continue it with RESUME=1")
     if hp.resume and not taken:
         raise UserError(f"RESUME=1, but there is no run in {folder}; set RUN_ID to the run to continue")
+    artifact, alone = Path(hp.artifact or folder / "artifact.bin"), stages == ["evaluate"]
+    for path, needed, remedy in (
+            (folder / "checkpoint.pt", hp.resume and "train" in stages, "start under another RUN_ID"),
+            (folder / "model.pt", "quantize" in stages and "train" not in stages, "run STAGES=train first"),
+            (artifact, alone, "run STAGES=train,quantize first, or set ARTIFACT")):
+        if needed and not path.is_file():
+            raise UserError(f"{path} is missing; {remedy}")
+    if alone:
+        unpack(artifact.read_bytes())
+    else:
+        check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
     return folder
 
 
-def check_inputs(hp: Hyperparameters, world: World, folder: Path) -> None:
-    """UserError, before anything is written, where a stage would miss what it reads."""
-    stages, artifact = hp.stages.split(","), Path(hp.artifact or folder / "artifact.bin")
-    if stages != ["evaluate"]:
-        check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
-    if "train" in stages and hp.resume:
-        Checkpoint.path(folder)
-    if "quantize" in stages and "train" not in stages and not (folder / "model.pt").is_file():
-        raise UserError(f"{folder / 'model.pt'} is missing; run STAGES=train first, under the same RUN_ID")
-    if stages == ["evaluate"]:
-        if not artifact.is_file():
-            raise UserError(f"{artifact} is missing; run STAGES=train,quantize first, or set ARTIFACT")
-        unpack(artifact.read_bytes())
-
-
 def begin_run(hp: Hyperparameters, world: World, validation: Validation, cautions: list[str]) -> Run:
-    """Open folder, log and ledgers; the log begins with all that repeats the run."""
+    """Folder, log and ledgers; the log begins with all that repeats the run."""
     source, stages, folder = Path(__file__).read_bytes(), hp.stages.split(","), open_run(hp, world)
-    check_inputs(hp, world, folder)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
     log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}")
     for line in (*cautions, world.hardware()):
         log(line)
-    positions = len(validation.byte_counts)
-    log(f"corpus:{validation.corpus!r} val_positions:{positions} val_bytes:{validation.bytes}")
+    log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} "
+        f"val_bytes:{validation.bytes}")
     path, empty = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
     known = json.loads(path.read_text()) if path.is_file() else empty
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
                 "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
-    result = settings | known | (settings if "train" in stages else {}) | {
-        "script_sha256": hashlib.sha256(source).hexdigest(), "corpus": validation.corpus,
-        "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size}
-    if "evaluate" in stages:
-        result["scored_with"] = settings
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
-              Budget("evaluation", world, hp.eval_seconds), result)
-    if "train" not in stages:  # one clock over stages that run one at a time
-        earlier = result["budget"].get("training", {}).get("counted", {})
+              Budget("evaluation", world, hp.eval_seconds), settings | known | {
+        "script_sha256": hashlib.sha256(source).hexdigest(), "corpus": validation.corpus,
+        "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size})
+    if "evaluate" in stages:
+        run.result["scored_with"] = settings
+    if "train" in stages:
+        run.result |= settings
+    else:  # one clock over stages that run one at a time
+        earlier = known["budget"].get("training", {}).get("counted", {})
         again = ("calibrate", "quantise and pack") if "quantize" in stages else ()
         run.training.counted = {name: seconds for name, seconds in earlier.items() if name not in again}
     return run
 
 
 def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
-    """Every stage that STAGES names, in one folder."""
+    """The stages that STAGES names."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(hp.seed)
     stages, validation = hp.stages.split(","), Validation.load(hp, world)
@@ -3026,9 +2795,8 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     if "evaluate" in stages:
         blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
         scored = score(run, blob, validation)
-        run.record({"proofs": scored.proofs, "val_tokens": len(validation.byte_counts),
-                    "val_bytes": validation.bytes,
-                    "scored_artifact_sha256": hashlib.sha256(blob).hexdigest()})
+        run.record({"proofs": scored.proofs, "scored_artifact_sha256": hashlib.sha256(blob).hexdigest(),
+                    "val_tokens": len(validation.byte_counts), "val_bytes": validation.bytes})
     for budget in (run.training, run.evaluation):
         if budget.counted:
             run.result["budget"][budget.name] = budget.report(run.log)
@@ -3041,13 +2809,13 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
 
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
-    if len(sys.argv) > 1:
-        known = sys.argv[1:] in (["--help"], ["-h"])
-        print(f"{__doc__}\n{settings_table()}" if known else "settings are environment variables; try --help",
-              file=sys.stdout if known else sys.stderr)
-        return 0 if known else 1
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(f"{__doc__}\n{settings_table()}")
+        return 0
     world, status = None, 0
     try:
+        if len(sys.argv) > 1:
+            raise UserError("settings are environment variables; try --help")
         hp = Hyperparameters.from_env(os.environ)
         cautions = doubtful_names(os.environ, hp.fields())[1]
         ignored = sorted(set(IGNORED_NAMES) & set(os.environ))
@@ -3061,14 +2829,10 @@ def main() -> int:
         status = 143
         print(stop, file=sys.stderr, flush=True)
     except Exception:
-        if world is None or not world.grouped:
-            raise
         status = 1
         traceback.print_exc()
-    if world is not None and world.grouped:
+    if dist.is_initialized():
         if status:  # other ranks may wait in a collective, and leaving the group would wait for them
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
         world.close()
     return status
