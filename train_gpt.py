@@ -194,7 +194,7 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
         (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
-         f"VE_LAYERS must be different layers of 0..{layers[-1]}, or VE_ENABLED=0"),
+         f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
@@ -223,12 +223,12 @@ def problems(hp: Hyperparameters) -> list[str]:
 def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Field]) -> tuple[dict, list]:
     """What an environment sets, and a line for every mistake."""
     given, errors = {}, doubtful_names(env, fields)[0]
-    overruled = {"GPTQ_LITE"} if env.get("FULL_GPTQ") == "1" else set()  # #601's full path never asks for it
-    for name in env.keys() - overruled:
+    full = env.get("FULL_GPTQ", "").lower() in ("1", "true")  # #601's full path never asks for GPTQ_LITE
+    for name in env.keys() - {"GPTQ_LITE" if full else ""}:
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
         except (ValueError, KeyError):
-            errors.append(f"{name}={env[name]} is not for this script; leave it out, or see --help")
+            errors.append(f"{name}={env[name]} is not for this script; see --help, or leave it out")
         else:
             other, earlier = given.setdefault(key, (name, value))
             if other != name and earlier != value:
@@ -2129,17 +2129,24 @@ def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
         key: {"bytes": packed, "plain_bytes": plain} for key, packed, plain in header["sections"]}
 
 
+def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
+    """The model's settings, and where the file comes from."""
+    return {"model": {name: getattr(hp, name) for name in hp.fields("model")}, "facts": facts}
+
+
 class Rate:
     """Forecasts the packed bytes by the coder's length of a sample of codes."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], sample: int = 1 << 16):
-        roles, scales, counts, units = model.roles(), [], collections.Counter(), collections.defaultdict(list)
+        roles, counts, units = model.roles(), collections.Counter(), collections.defaultdict(list)
+        empty = dict(quantize_rest(model, weights))
         for name, max_code in model.max_codes("matrix").items():
             weight, steps = weights[name], storable(row_scales(weights[name], max_code))
             some = weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1)
             counts[roles[name], max_code] += weight.numel()
             units[roles[name], max_code].append(some.flatten())
-            scales.append(tensor_bytes(steps.half()))
-        self.fixed = len(pack({}, quantize_rest(model, weights))) + len(zstd_frame(b"".join(scales), True))
+            zeros = torch.zeros(weight.shape, dtype=torch.int8)
+            empty[name] = QuantizedTensor(zeros, steps, max_code, roles[name])
+        self.fixed = len(pack(artifact_config(model.hp, {}), empty))  # all but the codes
         self.samples = [(key[1], count, torch.cat(units[key])) for key, count in counts.items()]
 
     def bytes(self, multiplier: float) -> float:
@@ -2155,34 +2162,32 @@ class Rate:
         while self.bytes(high) > limit:
             low, high = high, 2 * high
             if high > 1e4:  # every code is zero by now
-                raise UserError(f"no step brings the model under {limit:.0f}B; lower VOCAB_SIZE or MODEL_DIM")
+                raise UserError(f"no step brings the model under the {limit:.0f}B that ARTIFACT_LIMIT and "
+                                f"the code leave; lower VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
             middle = (low + high) / 2
             low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
         return high
 
 
-def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
-    """The model's settings, and where the file comes from."""
-    return {"model": {name: getattr(hp, name) for name in hp.fields("model")}, "facts": facts}
-
-
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
-                 facts: dict, passes: int = 4) -> tuple[bytes, dict]:
+                 facts: dict, passes: int = 6) -> tuple[bytes, dict]:
     """The file that fills what the code leaves, after some passes, and the quantiser's report."""
     room, rate, best = run.room, Rate(model, weights), b""
-    target = room * MARGIN
+    target, low, high = room * MARGIN, 0.0, math.inf  # multipliers that were too small, and large enough
+    multiplier, weights_coded = rate.multiplier(target), sum(count for _, count, _ in rate.samples)
     for _ in range(passes):
-        multiplier = rate.multiplier(target)
         tensors, errors = quantize_model(model, weights, hessians, run.world, multiplier)
         blob = pack(artifact_config(run.hp, facts), tensors)
         run.log(f"pack multiplier:{multiplier:.4f} forecast:{rate.bytes(multiplier):.0f}B model:{len(blob)}B "
                 f"room:{room}B")
         if len(best) < len(blob) <= room:
             best, report = blob, errors | {"multiplier": multiplier}
-        if best and (multiplier == 1.0 or len(blob) > 0.995 * room):
+        if best and (multiplier == 1.0 or len(best) > 0.995 * room):
             break
-        target *= room * MARGIN / len(blob)
+        low, high = (low, multiplier) if len(blob) <= room else (multiplier, high)
+        multiplier *= 2 ** (8 * (len(blob) - target) / weights_coded)  # twice the step: a bit less a weight
+        multiplier = max(multiplier, 1.0) if low < multiplier < high else math.sqrt(max(low, 1.0) * high)
     if not best:
         raise UserError(f"no file fits the {room}B that ARTIFACT_LIMIT and the code leave; model.pt is kept, "
                         "so try STAGES=quantize with fewer ATTN_BITS or MLP_BITS")
@@ -2196,7 +2201,7 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
         settings = {name: f.metadata["off"] for name, f in fields.items()} | config["model"]
         if unknown := settings.keys() - fields.keys():
             raise TypeError(f"this script does not know its settings {', '.join(sorted(unknown))}")
-        settings["ve_layers"] = tuple(settings["ve_layers"])
+        settings = {name: tuple(value) if type(value) is list else value for name, value in settings.items()}
         for name, value in settings.items():
             if type(value) is not type(getattr(hp, name)):
                 raise TypeError(f"{name} is missing or of the wrong type")

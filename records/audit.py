@@ -166,7 +166,7 @@ class ScoringPath:
         self.blob, self.hp, self.world, self.untrained_from = blob, hp, world, untrained_from
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
         self.log, self.tolerance = Narrator(), 0.0
-        compiling = tg.wants_compile(hp, world, 0.0, self.log)
+        compiling = tg.wants_compile(hp, world, self.log)
         self.score_fn = tg.compiled(tg.token_losses) if compiling else tg.token_losses
         self.attend = tg.choose_attention(hp, world)[1]
         self.batch_tokens = tg.scoring_batch_tokens(hp, world)

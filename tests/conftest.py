@@ -1,4 +1,4 @@
-"""What the tests share: the root on the path, a small real corpus, the smallest settings with every technique on."""
+"""What the tests share: the path, a small real corpus, the smallest settings with every technique on."""
 
 import contextlib
 import hashlib
@@ -105,7 +105,7 @@ def run_script(
 
 
 def run_here(folder: Path, env: dict[str, str]) -> int:
-    """The script's main in this process, in a folder of its own, with no other environment; its exit status."""
+    """The script's main in this process, in a folder of its own, with this environment; its exit status."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     with (
         mock.patch.dict(os.environ, kept | env, clear=True),

@@ -1,27 +1,30 @@
 """The audit passes an honest run and catches every planted violation."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import audit
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_shard
+from conftest import ROOT, run_here, write_shard
+from runs import Run
 
 import train_gpt as tg
 
-sys.path.insert(0, str(ROOT / "records"))
-import audit  # noqa: E402
-
-SMALLER = {"EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32", "TTT_CHUNK_TOKENS": "1024"}
-SLICE = 2300  # two chunks and a part of a third
+pytestmark = pytest.mark.whole
+SMALLER = {
+    "NUM_LAYERS": "2", "VE_LAYERS": "1", "ITERATIONS": "8", "WARMDOWN_ITERS": "6", "WARMUP_STEPS": "0",
+    "EVAL_SEQ_LEN": "16", "EVAL_STRIDE": "8", "TTT_CHUNK_TOKENS": "256", "TTT_SCHEDULE": "run",
+}  # fmt: skip
+SLICE = 600  # two chunks and a part of a third
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +33,23 @@ def run(tmp_path_factory, tiny) -> Path:
     folder = tmp_path_factory.mktemp("audited")
     shutil.copytree(tiny["DATA_PATH"], folder / "data")
     val = folder / "data/fineweb_val_000000.bin"
-    write_shard(val, np.fromfile(val, "<u2", offset=1024)[:3000])
-    hp = tg.Hyperparameters.from_env(tiny | SMALLER | {"DATA_PATH": str(folder / "data"), "RUN_ID": "run"})
-    with contextlib.chdir(folder):
-        tg.run(hp, tg.World(hp, {}))
+    write_shard(val, np.fromfile(val, "<u2", offset=1024)[:800])
+    assert run_here(folder, tiny | SMALLER | {"DATA_PATH": str(folder / "data"), "RUN_ID": "run"}) == 0
     return folder / "logs/run"
+
+
+@pytest.fixture(scope="module")
+def finished(run) -> audit.Finished:
+    """The same, opened."""
+    return audit.Finished.open(run / "artifact.bin", {}, {})
+
+
+@pytest.fixture(scope="module")
+def honest(finished) -> audit.Case:
+    """A pass over all of it, for checks that read nothing else."""
+    path, validation = finished.path, finished.validation
+    base = path.score(validation.tokens, validation.byte_counts)
+    return audit.Case(path, validation.tokens, validation.byte_counts, base, random.Random(5), 1)
 
 
 @pytest.fixture
@@ -45,12 +60,6 @@ def copy(run, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    """The sums over the vocabulary are the audit's longest work; 16 tokens of text do as well as 64."""
-    monkeypatch.setattr(audit, "SWEEP_TOKENS", 2**13)
-
-
 def change_result(folder, change):
     """Edit result.json in place."""
     path = folder / "result.json"
@@ -59,10 +68,23 @@ def change_result(folder, change):
     path.write_text(json.dumps(result))
 
 
-def checks_of(folder, positions=SLICE, passes=1, places=None, **env):
+def checks_of(folder, positions=SLICE):
     """Checks by name."""
-    done = audit.audit(folder / "artifact.bin", places or {}, positions, passes, seed=5, env=env)
+    done = audit.audit(folder / "artifact.bin", {}, positions, passes=1, seed=4, env={})
     return {check.name: check for check in done}
+
+
+def counts_of(folder, positions=SLICE):
+    """The checks of what was scored and counted, which need no further pass."""
+    run = audit.Finished.open(folder / "artifact.bin", {}, {})
+    path, hp, validation = run.path, run.path.hp, run.validation
+    text = validation.tokens[: positions + 1], validation.byte_counts[:positions]
+    case = audit.Case(path, *text, path.score(*text), random.Random(4), passes=1)
+    checks = [
+        audit.check_positions(case, audit.read_validation(hp.data_path), validation.tokens),
+        audit.check_bytes(case, tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)),
+    ]
+    return {check.name: check for check in checks}
 
 
 def failed(checks):
@@ -100,20 +122,14 @@ def test_an_honest_run_passes_whole_in_a_fresh_process(copy, tiny):
     assert not list(copy.glob("*.tmp"))
 
 
-def test_a_slice_is_scored_as_in_the_whole_run(run):
+def test_a_slice_is_scored_as_in_the_whole_run(finished, honest):
     """The learning rates of a slice are those of the whole: its losses are the run's first ones."""
-    hp = audit.run_settings(audit.read_result(run / "artifact.bin"), {}, {})
-    blob, world = (run / "artifact.bin").read_bytes(), tg.World(hp, {})
-    validation = tg.Validation.load(hp, world)
-    whole = len(validation.tokens) - 1
-    path = audit.ScoringPath(blob, hp, world, whole, None)
-    passes = [
-        path.score(validation.tokens[: n + 1], validation.byte_counts[:n]).losses for n in (SLICE, whole)
-    ]
+    hp, validation = finished.path.hp, finished.validation
+    part = finished.path.score(validation.tokens[: SLICE + 1], validation.byte_counts[:SLICE]).losses
     full_chunks = SLICE // hp.ttt_chunk_tokens * hp.ttt_chunk_tokens
-    torch.testing.assert_close(passes[0][:full_chunks], passes[1][:full_chunks], rtol=0, atol=0)
+    assert part[:full_chunks].equal(honest.base.losses[:full_chunks])
     same = SLICE - hp.eval_stride  # the last window of a slice ends where the slice does
-    torch.testing.assert_close(passes[0][:same], passes[1][:same], rtol=1e-5, atol=1e-5)
+    assert part[:same].allclose(honest.base.losses[:same], rtol=1e-5, atol=1e-5)
 
 
 def test_a_slice_and_a_missing_result_are_never_a_pass(run, copy, tiny, capsys, monkeypatch):
@@ -131,9 +147,9 @@ def test_a_slice_and_a_missing_result_are_never_a_pass(run, copy, tiny, capsys, 
 
 
 def test_a_slice_without_training_says_so(run):
-    checks = checks_of(run, positions=1000)
+    checks = checks_of(run, positions=250)
     for name in ("causal", "score before update"):
-        assert checks[name].status == "not checked" and "--positions 2048" in checks[name].evidence
+        assert checks[name].status == "not checked" and "--positions 512" in checks[name].evidence
     assert not failed(checks)
 
 
@@ -197,10 +213,10 @@ def test_text_that_changes_the_scores_before_it_is_caught(run, monkeypatch):
     """A temperature chosen on the whole text: causal within a window, and not over the pass."""
     evaluate = tg.evaluate_ttt
 
-    def chosen(model, tokens, byte_counts, hp, *args, **kwargs):
-        low = 0.98 - 0.01 * float(tokens.double().mean()) / hp.vocab_size
-        return evaluate(model, tokens, byte_counts, dataclasses.replace(hp, ttt_temperature=low),
-                        *args, **kwargs)  # fmt: skip
+    def chosen(model, tokens, *args, **kwargs):
+        low = 0.98 - 0.01 * float(tokens.double().mean()) / model.hp.vocab_size
+        model.hp = dataclasses.replace(model.hp, ttt_temperature=low)
+        return evaluate(model, tokens, *args, **kwargs)
 
     monkeypatch.setattr(tg, "evaluate_ttt", chosen)
     checks = checks_of(run)
@@ -225,17 +241,16 @@ def test_probabilities_that_do_not_sum_to_one_are_caught(run, monkeypatch, kind)
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train_first(model, tokens, byte_counts, hp, world, log, seconds=None, score_fn=tg.token_losses, nll=None):
+def train_first(model, tokens, byte_counts, world, log, score_fn, nll, trainer):
     """Test-time training as it must not be: a chunk is trained on, then scored."""
-    size, positions, total = hp.ttt_chunk_tokens, len(tokens) - 1, tg.Score()
-    trainer, chunks = tg.ChunkTrainer(model, hp, world), -(-positions // size)
+    hp, positions, total = model.hp, len(tokens) - 1, tg.Score()
+    size, windows = hp.ttt_chunk_tokens, tg.sliding_windows(positions, hp.eval_seq_len, hp.eval_stride)
+    chunks = -(-positions // size)
     for chunk in range(chunks):
-        end = min((chunk + 1) * size, positions)
         if chunk + 1 < chunks:
-            trainer.train(tokens, chunk * size, end, chunk, chunks)
-        windows = [w for w in tg.sliding_windows(positions, hp.eval_seq_len, hp.eval_stride)
-                   if w[2] // size == chunk]  # fmt: skip
-        total += tg.evaluate(model, tokens, byte_counts, windows, world, 4096, hp.ttt_temperature, nll=nll)
+            trainer.train(tokens, chunk * size, (chunk + 1) * size, chunk, chunks)
+        part = [window for window in windows if window[2] // size == chunk]
+        total += tg.evaluate(model, tokens, byte_counts, part, world, 4096, hp.ttt_temperature, nll=nll)
     return total, {}
 
 
@@ -245,6 +260,19 @@ def test_training_before_scoring_is_caught(run, monkeypatch):
     assert failed(checks) == {"causal", "score before update"}
     evidence = checks["score before update"].evidence
     assert "when 0 positions are scored" in evidence and "changes" in evidence
+
+
+def test_training_behind_the_audits_back_is_caught(run, monkeypatch):
+    """A trainer of its own instead of the one that was handed over: what it does cannot be watched."""
+    evaluate = tg.evaluate_ttt
+
+    def hidden(*args, trainer, **kwargs):
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(tg, "evaluate_ttt", hidden)
+    checks = checks_of(run)
+    assert failed(checks) == {"score before update"}
+    assert "changed without a training" in checks["score before update"].evidence
 
 
 def test_scoring_again_after_training_is_caught(run, monkeypatch):
@@ -283,7 +311,7 @@ def lost_tail(positions, seq_len, stride):
 def test_a_wrong_tail_is_caught(copy, monkeypatch, layout, words, ttt):
     change_result(copy, lambda result: result["scored_with"]["changed"].update(ttt_enabled=ttt))
     monkeypatch.setattr(tg, "sliding_windows", layout)
-    checks = checks_of(copy, positions=SLICE + 7)
+    checks = counts_of(copy, positions=SLICE + 7)
     assert "each position once" in failed(checks)
     assert words in checks["each position once"].evidence
 
@@ -304,7 +332,7 @@ def test_a_score_that_is_not_the_sum_of_its_losses_is_caught(run, monkeypatch, f
         return dataclasses.replace(score, **{field: change(getattr(score, field))}), proof
 
     monkeypatch.setattr(tg, "evaluate_ttt", flattered)
-    checks = checks_of(run)
+    checks = counts_of(run)
     assert failed(checks) == {name} and field in checks[name].evidence
 
 
@@ -313,16 +341,18 @@ def test_a_pass_from_right_to_left_is_caught(copy, monkeypatch):
     change_result(copy, lambda result: result["scored_with"]["changed"].update(ttt_enabled=False))
     layout = tg.sliding_windows
     monkeypatch.setattr(tg, "sliding_windows", lambda *where: layout(*where)[::-1])
-    checks = checks_of(copy)
+    checks = counts_of(copy)
     assert "each position once" in failed(checks)
     evidence = checks["each position once"].evidence
-    assert "out of order" in evidence and "were not scored" not in evidence and "more than once" not in evidence
+    assert (
+        "out of order" in evidence and "were not scored" not in evidence and "more than once" not in evidence
+    )
 
 
 def test_tokens_that_are_not_the_shards_are_caught(run, monkeypatch):
-    read = tg.validation_tokens
-    monkeypatch.setattr(tg, "validation_tokens", lambda *where: read(*where)[: 64 * 40 + 1])
-    checks = checks_of(run)
+    read = tg.read_split
+    monkeypatch.setattr(tg, "read_split", lambda *where: [read(*where)[0][: 16 * 40 + 1]])
+    checks = counts_of(run)
     assert failed(checks) == {"each position once"} and "shards" in checks["each position once"].evidence
 
 
@@ -344,7 +374,7 @@ def test_a_wrong_byte_table_is_caught(run, monkeypatch, plant):
     build = tg.ByteTable.__init__
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), plant(self))[0])
     monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
-    checks = checks_of(run)
+    checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "the byte table is wrong" in checks["bytes"].evidence
     if plant is blanks_twice:
         assert "positions are charged other bytes" in checks["bytes"].evidence
@@ -362,7 +392,7 @@ def test_a_rule_that_is_wrong_twice_is_caught(run, monkeypatch):
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), blanks_twice(self))[0])
     monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
     monkeypatch.setattr(audit.ByteRule, "of", misread)
-    checks = checks_of(run)
+    checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "not those of the decoded text" in checks["bytes"].evidence
 
 
@@ -405,9 +435,9 @@ def test_an_artifact_over_the_cap_is_caught(copy, monkeypatch):
     room = 16_000_000 - audit.SCRIPT.stat().st_size
     assert audit.check_size(bytes(room)).status == "pass"
     assert audit.check_size(bytes(room + 1)).status == "fail"
-    monkeypatch.setattr(audit, "CAP", 200_000)
-    checks = checks_of(copy)
-    assert failed(checks) == {"size"} and "of 200,000 B" in checks["size"].evidence
+    monkeypatch.setattr(audit, "CAP", 100_000)
+    checks = quick(copy)
+    assert failed(checks) == {"size"} and "of 100,000 B" in checks["size"].evidence
 
 
 @pytest.mark.parametrize(
@@ -417,8 +447,14 @@ def test_an_artifact_over_the_cap_is_caught(copy, monkeypatch):
         ("evaluation", lambda b: (b["counted"].update(ttt=600.0), b.update(used=600.5)), "of 600 s"),
         ("training", lambda b: b.update(used=b["used"] - 0.5), "add up to"),
         ("training", lambda b: b["uncounted"].update(calibrate=b["counted"].pop("calibrate")), "left out"),
-        ("training", lambda b: b["counted"].pop("quantise and pack"), "not on the clock"),
-        ("evaluation", lambda b: b["counted"].pop("ttt"), "not on the clock"),
+        *[
+            ("training", lambda b, phase=phase: b["counted"].pop(phase), "not on the clock")
+            for phase in ("train", "average and proofs", "calibrate", "quantise and pack")
+        ],
+        *[
+            ("evaluation", lambda b, phase=phase: b["counted"].pop(phase), "not on the clock")
+            for phase in ("load", "roundtrip", "ttt")
+        ],
     ],
 )
 def test_an_exceeded_or_shortened_clock_is_caught(copy, clock, change, words):
@@ -449,18 +485,18 @@ def test_other_byte_counts_are_caught(copy):
     assert "code_bytes 70,000" in quick(copy)["script and artifact"].evidence
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda result: result["bpb"].update(ttt=result["bpb"]["ttt"] - 0.001), "+1.0e-03"),
-        (lambda result: result.update(val_bytes=result["val_bytes"] + 9), "val_bytes is"),
-        (lambda result: result.update(val_tokens=result["val_tokens"] - 64), "val_tokens is"),
-    ],
-)
-def test_a_flattered_result_is_caught(copy, change, words):
-    change_result(copy, change)
-    checks = checks_of(copy, positions=None)
-    assert failed(checks) == {"ttt score of the run"} and words in checks["ttt score of the run"].evidence
+def test_a_flattered_result_is_caught(finished, honest):
+    """A lower score, other bytes, other tokens than those that were scored."""
+    whole, result = honest.positions, finished.result
+    assert audit.check_score(honest, result, whole).status == "pass"
+    lower = {"bpb": result["bpb"] | {"ttt": result["bpb"]["ttt"] - 0.001}}
+    for change, words in (
+        (lower, "+1.0e-03"),
+        ({"val_bytes": result["val_bytes"] + 9}, "val_bytes is"),
+        ({"val_tokens": result["val_tokens"] - 64}, "val_tokens is"),
+    ):
+        check = audit.check_score(honest, result | change, whole)
+        assert check.status == "fail" and words in check.evidence
 
 
 def test_a_result_that_says_nothing_is_not_checked(copy):
@@ -473,13 +509,27 @@ def test_a_result_that_says_nothing_is_not_checked(copy):
 
 def test_a_failure_is_the_exit_status(copy, capsys):
     change_result(copy, lambda result: result.update(script_sha256="0" * 64))
-    arguments = [str(copy / "artifact.bin"), "--positions", "1000", "--passes", "1", "--seed", "3"]
+    arguments = [str(copy / "artifact.bin"), "--positions", "250", "--passes", "1", "--seed", "3"]
     assert audit.main(arguments) == 1
     report = json.loads((copy / "audit.json").read_text())
-    assert report["passed"] is False and report["seed"] == 3 and report["positions"] == 1000
+    assert report["passed"] is False and report["seed"] == 3 and report["positions"] == 250
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "audit: FAILED, 1 of 10 checks"
     assert all(len(line) <= 110 for line in out.splitlines()[1:])
+
+
+def test_techniques_instead_of_checks(copy, capsys):
+    """A table, and the numbers in a file that the other programs read; no audit."""
+    assert audit.main([str(copy / "artifact.bin"), "--techniques"]) == 0
+    report = json.loads((copy / "techniques.json").read_text())
+    blob = (copy / "artifact.bin").read_bytes()
+    assert report["artifact_sha256"] == hashlib.sha256(blob).hexdigest()
+    found = report["techniques"]
+    assert {"smear", "xsa", "value_residual", "skips"} <= found.keys()
+    assert audit.techniques_table(found) in capsys.readouterr().out
+    effects = {name: each["loss_without"] - each["loss"] for name, each in found.items()}
+    assert Run.open(copy).techniques == effects and all(effects.values())
+    assert not (copy / "audit.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -488,12 +538,13 @@ def test_a_failure_is_the_exit_status(copy, capsys):
 
 
 @pytest.mark.parametrize(
-    "mistake", ["no artifact", "damaged", "no data", "no tokenizer", "foreign data", "no result", "positions"]
+    "mistake", ["no artifact", "damaged", "no data", "no tokenizer", "foreign data", "no result"]
 )
-def test_a_mistake_gets_one_line(copy, capsys, mistake):
-    arguments = [str(copy / "artifact.bin")]
+@pytest.mark.parametrize("options", [[], ["--techniques"]])
+def test_a_mistake_gets_one_line(copy, capsys, mistake, options):
+    arguments = [str(copy / "artifact.bin"), *options]
     if mistake == "no artifact":
-        arguments, word = [str(copy / "gone.bin")], "gone.bin"
+        arguments, word = [str(copy / "gone.bin"), *options], "gone.bin"
     elif mistake == "damaged":
         (copy / "artifact.bin").write_bytes((copy / "artifact.bin").read_bytes()[:-9])
         word = "artifact"
@@ -504,16 +555,20 @@ def test_a_mistake_gets_one_line(copy, capsys, mistake):
     elif mistake == "foreign data":
         write_shard(copy / "fineweb_val_000000.bin", [1, 5, 600] * 500)
         arguments, word = [*arguments, "--data", str(copy)], "600"
-    elif mistake == "no result":
+    else:
         (copy / "result.json").write_text("{")
         word = "result.json"
-    else:
-        arguments, word = [*arguments, "--positions", "0"], "--positions"
     assert audit.main(arguments) == 1
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if not line.startswith("audit: ")]
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
-    assert not (copy / "audit.json").exists()
+    assert not (copy / "audit.json").exists() and not (copy / "techniques.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--positions", "--passes"])
+def test_nothing_can_be_said_of_no_positions_or_passes(copy, capsys, option):
+    assert audit.main([str(copy / "artifact.bin"), option, "0"]) == 1
+    assert option in capsys.readouterr().err and not (copy / "audit.json").exists()
 
 
 def test_the_settings_are_the_runs(run):
@@ -521,8 +576,8 @@ def test_the_settings_are_the_runs(run):
     result = audit.read_result(run / "artifact.bin")
     env = {"DEVICE": "cpu", "EVAL_STRIDE": "1", "PRESET": "pr601", "TTT_LR": "9"}
     hp = audit.run_settings(result, env, {"DATA_PATH": "elsewhere"})
-    assert (hp.preset, hp.eval_stride, hp.ttt_chunk_tokens, hp.dtype) == ("smoke", 32, 1024, "fp32")
+    assert (hp.preset, hp.eval_stride, hp.ttt_chunk_tokens, hp.dtype) == ("smoke", 8, 256, "fp32")
     assert (hp.device, hp.data_path, hp.stages, hp.run_id) == ("cpu", "elsewhere", "evaluate", "")
-    assert hp.ve_layers == (1, 2) and hp.ttt_lr == tg.PRESETS["smoke"]["ttt_lr"]
+    assert hp.ve_layers == (1,) and hp.ttt_lr == tg.PRESETS["smoke"]["ttt_lr"]
     alone = audit.run_settings({}, {"PRESET": "smoke", "EVAL_STRIDE": "32", "STAGES": "train"}, {})
     assert (alone.eval_stride, alone.stages) == (32, "evaluate")

@@ -1,6 +1,8 @@
 """records/benchmark.py: its baselines compute what the script computes, its figures are what they say."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -23,17 +25,23 @@ TINY = {
     "GPTQ_CALIB_SEQUENCES": "4",
 }  # fmt: skip
 WITHOUT_VE = {key: value for key, value in TINY.items() if not key.startswith("VE_")}
+STEPS = ("micro-step", "optimiser", "step")
 ROW = set(
     "name median_s min_s max_s repeats first_s extrapolated_times tokens_per_s tflops matrix_share "
     "peak_memory_bytes ratio remark".split()
 )
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """Scoring batches of 256 tokens, and a known matrix rate: the large product alone takes a second."""
+    patch.setitem(tg.TUNING, "cpu", dataclasses.replace(tg.TUNING["cpu"], scoring=256 * 64))
+    patch.setattr(benchmark, "matrix_rate", lambda device, dtype: 0.5)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Scoring batches of 256 tokens, and a known matrix rate: the large product alone takes a second."""
-    monkeypatch.setitem(tg.TUNING, "cpu", dataclasses.replace(tg.TUNING["cpu"], scoring=256 * 64))
-    monkeypatch.setattr(benchmark, "matrix_rate", lambda device, dtype: 0.5)
+    """For every test."""
+    make_small(monkeypatch)
 
 
 def run(folder, *arguments: str, **settings: str) -> dict:
@@ -44,8 +52,9 @@ def run(folder, *arguments: str, **settings: str) -> dict:
     return json.loads(path.read_text())
 
 
-def check_rows(report: dict) -> dict[str, dict]:
-    """Every row has the fields, and they fit together."""
+def check_rows(everything: tuple[dict, str], name: str) -> dict[str, dict]:
+    """The rows of a subcommand by name; each has the fields, and they fit together."""
+    report = next(one for one in everything[0]["reports"] if one["subcommand"] == name)
     assert {"subcommand", "preset", "changed", "dtype", "compiled", "hardware", "notes"} <= report.keys()
     for row in report["rows"]:
         assert row.keys() == ROW
@@ -216,52 +225,65 @@ def test_hessians_are_correlated_and_positive():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_train(tmp_path, capsys):
-    report = run(tmp_path, "train", "--versus", "--dtype", "bf16")
-    rows = check_rows(report)
-    kinds = ("micro-step", "optimiser", "step")
-    assert list(rows) == [name for kind in kinds for name in (kind, f"{kind}, plain eager")]
-    for kind in kinds:
-        ours, plain = rows[kind], rows[f"{kind}, plain eager"]
-        assert ours["ratio"] is None and plain["ratio"] == pytest.approx(plain["median_s"] / ours["median_s"])
-    assert rows["step"]["tokens_per_s"] == pytest.approx(256 / rows["step"]["median_s"])
-    printed = capsys.readouterr().out
-    assert "a step of 4096 tokens would take" in printed and "plain eager" in printed
-    assert report["dtype"] == "bfloat16" and report["changed"]["num_layers"] == 2
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, corpus) -> tuple[dict, str]:
+    """`all` with the baselines, measured once: what its file holds, and what it printed."""
+    tokenizer = {"TOKENIZER_PATH": corpus["TOKENIZER_PATH"], "VOCAB_SIZE": "512"}
+    words = ("all", "--no-start", "--versus", "--preset", "smoke", "--dtype", "bf16")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        make_small(patch)
+        report = run(tmp_path_factory.mktemp("everything"), *words, **tokenizer)
+    return report, printed.getvalue()
+
+
+def test_all_is_one_table_and_one_file(everything):
+    report, printed = everything
+    assert [one["subcommand"] for one in report["reports"]] == list(benchmark.SUBCOMMANDS)
+    assert printed.count("fastest..slowest") == 1 and printed.count("tokens/s") == 1
+    assert report["command"].startswith("python records/benchmark.py all")
 
 
 @pytest.mark.parametrize(
     "name, expected",
     [
+        ("train", {f"{kind}{plain}" for kind in STEPS for plain in ("", ", plain eager")}),
         ("muon", {"Muon", "torch.optim.Muon"}),
         ("qat", {"step without QAT", "step with QAT"}),
         ("eval", {"side by side", "side by side, plain", "sliding", "sliding, plain"}),
         ("ttt", {"score a chunk", "train on a chunk"}),
         ("pack", {"pack", "plain zstd -22", "unpack"}),
+        ("data", {"read_shard", "TokenStream.step", "ByteTable.count"}),
     ],
 )
-def test_subcommand(tmp_path, name, expected):
-    report = run(tmp_path, name, "--versus", "--preset", "smoke")
-    assert set(check_rows(report)) == expected and report["subcommand"] == name
+def test_subcommand(everything, name, expected):
+    assert set(check_rows(everything, name)) == expected
 
 
-def test_gptq(tmp_path, capsys):
-    rows = check_rows(run(tmp_path, "gptq", "--versus"))
-    assert rows["quantise the model"]["remark"].startswith("12 matrices, 57344 weights")
+def test_train(everything):
+    rows = check_rows(everything, "train")
+    for kind in STEPS:
+        ours, plain = rows[kind], rows[f"{kind}, plain eager"]
+        assert ours["ratio"] is None and plain["ratio"] == pytest.approx(plain["median_s"] / ours["median_s"])
+    assert rows["step"]["tokens_per_s"] == pytest.approx(256 / rows["step"]["median_s"])
+    assert "train: a step of 4096 tokens would take" in everything[1] and "plain eager" in everything[1]
+    report = everything[0]["reports"][0]
+    assert report["dtype"] == "bfloat16" and report["changed"]["num_layers"] == 2
+
+
+def test_gptq(everything):
+    rows = check_rows(everything, "gptq")
+    assert rows["quantise the model"]["remark"] == "12 matrices, 57344 weights, steps by clip"
     loops = [row for name, row in rows.items() if name.startswith("plain loop")]
     assert sum(row["extrapolated_times"] for row in loops) == 12
     assert all("extrapolated" in row["remark"] for row in loops)
-    printed = capsys.readouterr().out
-    stages = printed.split("stages: ")[1].splitlines()[0].split(", ")
-    assert {"column loop", "factorisation", "rest"} <= {stage.rsplit(" ", 2)[0] for stage in stages}
+    stages = everything[1].split("stages: ")[1].splitlines()[0].split(", ")
+    wanted = {"clip search", "column loop", "factorisation", "rest"}
+    assert wanted <= {stage.rsplit(" ", 2)[0] for stage in stages}
 
 
-def test_data(tmp_path, corpus, capsys):
-    tokenizer = {"TOKENIZER_PATH": corpus["TOKENIZER_PATH"], "VOCAB_SIZE": "512"}
-    report = run(tmp_path, "data", "--no-start", **tokenizer)
-    assert set(check_rows(report)) == {"read_shard", "TokenStream.step", "ByteTable.count"}
+def test_without_a_tokenizer_its_row_is_missing(tmp_path, capsys):
     report = run(tmp_path, "data", "--no-start", TOKENIZER_PATH="nowhere.model")
-    assert set(check_rows(report)) == {"read_shard", "TokenStream.step"}
+    assert {row["name"] for row in report["rows"]} == {"read_shard", "TokenStream.step"}
     assert "skipped, no tokenizer nowhere.model" in capsys.readouterr().out
 
 
@@ -271,16 +293,6 @@ def test_launch_to_first_step_ends_the_run_there(tmp_path):
     assert 0.3 < benchmark.first_step_seconds([sys.executable, "-c", code], {}, str(tmp_path)) < 20
     with pytest.raises(tg.UserError, match="before its first step: error: no shards"):
         benchmark.first_step_seconds([sys.executable, "-c", "print('error: no shards')"], {}, str(tmp_path))
-
-
-def test_all_is_one_table_and_one_file(tmp_path, capsys):
-    report = run(tmp_path, "all", "--no-start", "--preset", "smoke", TOKENIZER_PATH="nowhere.model")
-    assert [one["subcommand"] for one in report["reports"]] == list(benchmark.SUBCOMMANDS)
-    for one in report["reports"]:
-        assert check_rows(one)
-    printed = capsys.readouterr().out
-    assert printed.count("fastest..slowest") == 1 and printed.count("tokens/s") == 1
-    assert report["command"].startswith("python records/benchmark.py all")
 
 
 def test_full_presets_are_cut_on_a_cpu_and_only_there():

@@ -58,7 +58,8 @@ DAMAGED = {
     "a token short": damaged(cut=-2), "half a token long": damaged(extra=b"\0"),
     "a token long": damaged(extra=b"\0\0"), "count low": damaged(words=[(2, 2)]),
     "count high": damaged(words=[(2, 4)]), "count negative": damaged(words=[(2, -3)]),
-    "count zero": damaged(tokens=()), "count huge": damaged(words=[(2, 2**31 - 1)]),
+    "count zero": damaged(tokens=()), "short, and adds up": damaged(tokens=(1,), cut=302),
+    "count huge": damaged(words=[(2, 2**31 - 1)]),
     "web page": b"<html>404 not found</html>" * 100}  # fmt: skip
 
 
@@ -152,12 +153,14 @@ def test_spans_by_hand():
 
 
 @pytest.mark.parametrize("counts", [[7] * 40, [1] * 30, [250, 1, 600], [100, 100], [99]])
-def test_take_reads_across_shards_and_epochs(counts):
+def test_reading_goes_across_shards_and_epochs(counts):
     shards = shards_of(60, 30, 10)
-    stream, source = tg.TokenStream(shards), endless(shards)
+    stream, source, at = tg.TokenStream(shards), endless(shards), 0
     for count in counts:
-        taken = stream.take(count)
-        assert taken.dtype == np.int64 and taken.tolist() == list(itertools.islice(source, count))
+        read = stream.read(at, count)
+        assert read.dtype == np.int64 and read.tolist() == list(itertools.islice(source, count))
+        at += count
+    assert stream.position == 0
 
 
 def test_a_position_is_all_there_is_to_resume():
@@ -172,7 +175,8 @@ def test_a_position_is_all_there_is_to_resume():
 def test_every_token_of_every_shard_is_trained_on():
     shards = [np.full(size, size, dtype=np.uint16) for size in (5000, 250, 1)]
     stream = tg.TokenStream(shards)
-    assert stream.total == 5251 and np.array_equal(stream.take(5251), np.concatenate(shards))
+    assert stream.total == 5251 and stream.step(5250, 10)[:, 0].tolist() == [5000] * 500 + [250] * 25
+    assert stream.position == 5251
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -190,17 +194,15 @@ def test_ranks_share_a_step_whatever_their_number(size, batch_tokens, seq_len):
 
 
 def test_samples_are_pieces_of_the_training_text():
-    places = ((0, 400), (1000, 30), (2000, 800))
-    shards = [np.arange(low, low + size, dtype=np.uint16) for low, size in places]
+    """From any place, each as likely as another, across shards and the end of the text."""
+    shards = [np.arange(low, low + size, dtype=np.uint16) for low, size in ((0, 400), (400, 30), (430, 770))]
     stream = tg.TokenStream(shards)
-    rows = stream.sample(300, 50, seed=3)
-    assert rows.shape == (300, 50) and rows.dtype == np.int64 and stream.position == 0
-    assert (np.diff(rows, axis=1) == 1).all()  # never across two shards
-    assert rows.max() <= 2799
-    share = (rows[:, 0] < 1000).mean()
-    assert 0.2 < share < 0.47  # a third
-    assert not ((rows >= 1000) & (rows < 2000)).any()  # the short shard is passed over
-    assert len(np.unique(rows[:, 0])) > 150
+    rows = stream.sample(600, 50, seed=3)
+    assert rows.shape == (600, 50) and rows.dtype == np.int64 and stream.position == 0
+    assert (np.diff(rows, axis=1) % 1200 == 1).all()
+    starts = rows[:, 0]
+    assert 0.28 < (starts < 400).mean() < 0.39 and len(np.unique(starts)) > 400
+    assert (rows[:, -1] < starts).any() and ((starts < 400) & (rows[:, -1] >= 430)).any()
 
 
 def test_samples_repeat_for_a_seed_and_for_no_other():
@@ -212,11 +214,9 @@ def test_samples_repeat_for_a_seed_and_for_no_other():
     assert not np.array_equal(first, stream.sample(16, 32, seed=2))
 
 
-def test_the_only_sample_there_is():
-    stream = tg.TokenStream([np.arange(64, dtype=np.uint16)])
-    assert stream.sample(2, 64, seed=0).tolist() == [list(range(64))] * 2
-    with pytest.raises(tg.UserError, match="TRAIN_SEQ_LEN"):
-        stream.sample(2, 65, seed=0)
+def test_a_text_shorter_than_a_sample_repeats():
+    rows = tg.TokenStream([np.arange(20, dtype=np.uint16)]).sample(2, 64, seed=0)
+    assert (np.diff(rows, axis=1) % 20 == 1).all()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -343,36 +343,34 @@ def test_a_nat_in_bits_per_byte():
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sizes", "seq_len", "kept"),
-    [
-        ((17,), 16, 17),
-        ((18,), 16, 17),
-        ((32,), 16, 17),
-        ((33,), 16, 33),
-        ((10, 10, 13), 16, 33),
-        ((2,), 1, 2),
-    ],
-)
-def test_validation_is_cut_to_whole_sequences_and_a_token(tmp_path, sizes, seq_len, kept):
-    shards = shards_of(*sizes)
-    for i, shard in enumerate(shards):
-        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", shard)
-    tokens = tg.validation_tokens(str(tmp_path), seq_len)
-    assert tokens.dtype == torch.int32 and tokens.tolist() == np.concatenate(shards)[:kept].tolist()
+def validation_of(corpus, **changes):
+    usual = {"PRESET": "smoke", "DEVICE": "cpu", "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "1"}
+    hp = tg.Hyperparameters.from_env(corpus | usual | changes)
+    return tg.Validation.load(hp, tg.World(hp, {}))
+
+
+@pytest.mark.parametrize(("sizes", "seq_len", "kept"), [
+    ((17,), 16, 17), ((18,), 16, 17), ((32,), 16, 17), ((33,), 16, 33), ((10, 10, 13), 16, 33)])  # fmt: skip
+def test_validation_is_cut_to_whole_sequences_and_a_token(corpus, tmp_path, sizes, seq_len, kept):
+    text, ends = tg.read_split(corpus["DATA_PATH"], "val")[0], np.cumsum((0, *sizes))
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", text[start:end])
+    found = validation_of(corpus, DATA_PATH=str(tmp_path), EVAL_SEQ_LEN=str(seq_len))
+    assert found.tokens.dtype == torch.int32 and found.tokens.tolist() == text[:kept].tolist()
+    assert len(found.byte_counts) == kept - 1
 
 
 @pytest.mark.parametrize("size", [1, 16])
-def test_validation_that_is_too_short_is_refused(tmp_path, size):
+def test_validation_that_is_too_short_is_refused(corpus, tmp_path, size):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(size))
     with pytest.raises(tg.UserError, match="EVAL_SEQ_LEN=16"):
-        tg.validation_tokens(str(tmp_path), 16)
+        validation_of(corpus, DATA_PATH=str(tmp_path), EVAL_SEQ_LEN="16")
 
 
 def test_tokenizers_are_checked(corpus, tmp_path):
     path = corpus["TOKENIZER_PATH"]
     assert tg.load_tokenizer(path, 512).get_piece_size() == 512
-    with pytest.raises(tg.UserError, match="512 pieces.*VOCAB_SIZE=1024.*VOCAB_SIZE=512"):
+    with pytest.raises(tg.UserError, match="512 pieces.*VOCAB_SIZE=1024"):
         tg.load_tokenizer(path, 1024)
     with pytest.raises(tg.UserError, match="missing.*TOKENIZER_PATH"):
         tg.load_tokenizer(str(tmp_path / "none.model"), 512)
@@ -385,7 +383,8 @@ def test_tokenizers_are_checked(corpus, tmp_path):
 
 @pytest.fixture
 def checked(corpus, sp):
-    return tg.ByteTable(sp), sp, tg.validation_tokens(corpus["DATA_PATH"], 64)
+    tokens = tg.read_split(corpus["DATA_PATH"], "val")[0].astype(np.int32)
+    return tg.ByteTable(sp), sp, torch.from_numpy(tokens[: (len(tokens) - 1) // 64 * 64 + 1])
 
 
 def test_the_right_table_passes(checked):
@@ -445,13 +444,6 @@ def test_a_long_document_may_be_cut_inside_a_character(checked):
         tg.check_byte_table(table, processor, torch.tensor(document, dtype=torch.int32))
 
 
-def validation_of(corpus, **changes):
-    hp = tg.Hyperparameters.from_env(
-        corpus | {"PRESET": "smoke", "DEVICE": "cpu", "EVAL_SEQ_LEN": "64"} | changes
-    )
-    return tg.Validation.load(hp, tg.World(hp, {}))
-
-
 def test_validation_carries_the_bytes_of_its_targets(corpus, checked):
     table, _, tokens = checked
     found = validation_of(corpus)
@@ -472,9 +464,17 @@ def test_validation_is_checked_and_named_by_its_folder(corpus, tmp_path):
         validation_of(corpus, DATA_PATH=str(tmp_path))
 
 
+def test_validation_whose_bytes_are_not_those_of_its_text_is_refused(corpus, sp, tmp_path):
+    """A piece with two leading blanks decodes to fewer bytes than the challenge's rule counts."""
+    text, path = "▁▁th".encode(), tmp_path / "tokenizer.model"
+    path.write_bytes(edited(sp, "▁the", bytes([0x0A, len(text)]) + text).serialized_model_proto())
+    with pytest.raises(tg.UserError, match="do not belong together"):
+        validation_of(corpus, TOKENIZER_PATH=str(path))
+
+
 def test_a_nat_of_the_training_text_in_bits_per_byte(corpus, checked):
     shards, table = tg.read_split(corpus["DATA_PATH"], "train"), checked[0]
-    sample = torch.from_numpy(shards[0].astype(np.int64))
-    charged = int(table.count(sample[:-1], sample[1:]).sum())
-    expected = (len(sample) - 1) / charged / math.log(2)
+    text = torch.from_numpy(np.concatenate(shards).astype(np.int64))
+    charged = int(table.count(text[:-1], text[1:]).sum())
+    expected = (len(text) - 1) / charged / math.log(2)
     assert tg.TokenStream(shards).bpb_per_nat(table) == pytest.approx(expected, rel=1e-12)

@@ -76,9 +76,12 @@ def test_the_log_holds_what_repeats_a_run_and_says_how_fast_it_is(full_run):
     first, second, *_ = process.stdout.splitlines()
     assert first.startswith("run:run preset:smoke stages:train,quantize,evaluate changed:{")
     assert re.match(r"device:1x .+ threads:\d+ python:\S+ torch:\S+ numpy:\S+ sentencepiece:\S+ ", second)
-    steps = re.findall(r"^step:(\d+)/24 .*tokens/s:(\d+) mfu:(\S+)% left:\S+$", process.stdout, re.M)
-    assert [int(step) for step, _, _ in steps] == [1, 2, 3, 4, 5, 10, 20, 24]
-    assert all(int(speed) > 0 and float(mfu) > 0 for _, speed, mfu in steps)
+    steps = re.findall(r"^step:(\d+)/24 (train_loss:.*)$", process.stdout, re.M)
+    assert [int(step) for step, _ in steps] == [1, 2, 3, 4, 5, 10, 20, 24]
+    for _, line in steps:
+        told_of = dict(re.findall(r"(\S+):([\d.]+)", line))
+        assert {"train_loss", "train_bpb", "lr_scale", "time", "step_avg", "left"} < told_of.keys()
+        assert float(told_of["tokens/s"]) > 0 and float(told_of["mfu"]) > 0
     for start in (
         "corpus:",
         "budget clock:training used:",

@@ -1,8 +1,8 @@
-"""Golden values: tiny runs of the three presets, from the first loss to the last score, as this script once gave them.
+"""Golden values: tiny runs of the three presets, from the first loss to the last score, as once recorded.
 
-They hold from commit to commit: losses and nats to 1e-4 and all but a thousandth of the codes on any CPU; on the
-machine that recorded them GOLDEN=exact asks for 1e-6 and for every code. A change that means to move them records
-them anew, in a commit of its own that says so:
+They hold from commit to commit: losses and nats to 1e-4 and all but a thousandth of the codes on any CPU; on
+the machine that recorded them GOLDEN=exact asks for 1e-6 and for every code. A change that means to move them
+records them anew, in a commit of its own that says so:
 
     python tests/test_golden.py
 """
@@ -31,13 +31,13 @@ import train_gpt as tg  # noqa: E402
 EXACT = os.environ.get("GOLDEN") == "exact"
 PIECES, STAGES = 384, ("float", "roundtrip", "sliding", "ttt")
 SHARED = {
-    "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "RUN_ID": "run", "VOCAB_SIZE": str(PIECES), "NUM_LAYERS": "3",
-    "MODEL_DIM": "64", "MLP_MULT": "1.5", "ROPE_DIMS": "8", "BIGRAM_VOCAB_SIZE": "96", "BIGRAM_DIM": "16",
-    "VE_DIM": "16", "VE_LAYERS": "1,2", "ITERATIONS": "12", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1",
-    "WARMDOWN_ITERS": "8", "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64",
-    "EVAL_STRIDE": "16", "SKIP_SLIDING": "0", "VAL_LOSS_EVERY": "0", "GPTQ_CALIB_SEQUENCES": "16", "TTT_ENABLED": "1",
-    "TTT_CHUNK_TOKENS": "512", "TTT_BATCH_SEQS": "4", "EMA_DECAY": "0.8", "MUON_MOMENTUM_WARMUP_STEPS": "8",
-    "GRAD_ACCUM_STEPS": "2",
+    "DEVICE": "cpu", "DTYPE": "fp32", "COMPILE": "0", "RUN_ID": "run", "VOCAB_SIZE": str(PIECES),
+    "NUM_LAYERS": "3", "MODEL_DIM": "64", "MLP_MULT": "1.5", "ROPE_DIMS": "8", "BIGRAM_VOCAB_SIZE": "96",
+    "BIGRAM_DIM": "16", "VE_DIM": "16", "VE_LAYERS": "1,2", "ITERATIONS": "12", "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1", "WARMDOWN_ITERS": "8", "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64",
+    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "16", "SKIP_SLIDING": "0", "VAL_LOSS_EVERY": "0", "TTT_ENABLED": "1",
+    "GPTQ_CALIB_SEQUENCES": "16", "TTT_CHUNK_TOKENS": "512", "TTT_BATCH_SEQS": "4", "EMA_DECAY": "0.8",
+    "MUON_MOMENTUM_WARMUP_STEPS": "8", "GRAD_ACCUM_STEPS": "2",
 }  # fmt: skip
 # What a preset has of its own must be left standing: heads, depth of XSA, the stretch of RoPE, rates, rules.
 RUNS = {
@@ -64,12 +64,12 @@ def documents(count: int) -> list[str]:
 
 
 def write_corpus(folder: Path) -> dict[str, str]:
-    """The prose as two training shards, a validation shard and a tokenizer; the settings that point to them."""
+    """The prose as two training shards, a validation shard and a tokenizer; settings that point to them."""
     texts, model = documents(120), io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=PIECES, model_type="bpe", byte_fallback=True,
-        character_coverage=0.999, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, hard_vocab_limit=False,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1,
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=PIECES, model_type="bpe",
+        byte_fallback=True, character_coverage=0.999, normalization_rule_name="nmt_nfkc", num_threads=1,
+        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -102,7 +102,7 @@ def digest(tensors: tg.Tensors) -> str:
 
 
 def trained_values(folder: Path, env: dict[str, str]) -> dict:
-    """Of a run through every stage: 12 training losses, QAT on in the last ones, nats of every score, the codes' hash."""
+    """Of a whole run: 12 training losses, QAT on in the last ones, nats of every score, the codes' hash."""
     result = run(folder, env)
     lines = [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["event"] == "train"]
@@ -164,11 +164,13 @@ def test_a_run_gives_its_golden_values(preset, golden, paths, tmp_path):
 
 
 def test_the_same_weights_give_the_same_codes(preset, golden, paths, tmp_path):
-    """On other CPUs a sum may end in another last digit, and a code that lay between two may fall to the other side."""
+    """On other CPUs a sum may end in another digit, and a code between two fall to the other side."""
     blob, scores = quantised(tmp_path, settings(preset, paths))
     here, kept = tg.unpack(blob)[1], tg.unpack((FOLDER / f"{preset}.bin").read_bytes())[1]
     assert here.keys() == kept.keys()
-    pairs = [(here[name].codes, kept[name].codes) for name in kept if isinstance(kept[name], tg.QuantizedTensor)]
+    pairs = [
+        (here[name].codes, kept[name].codes) for name in kept if isinstance(kept[name], tg.QuantizedTensor)
+    ]
     differ = sum(int((a != b).sum()) for a, b in pairs)
     assert differ <= (0 if EXACT else 1e-3) * sum(b.numel() for _, b in pairs)
     assert scores == pytest.approx(golden["kept"], rel=1e-6 if EXACT else 1e-4)

@@ -177,7 +177,7 @@ class Calls(TorchFunctionMode):
 
 
 def test_a_stack_takes_as_many_calls_as_one_row():
-    """Clips and columns are walked for all matrices and rows at once; quantiles, slow on a GPU, are not used."""
+    """Clips and columns are walked for all at once; quantiles, slow on a GPU, are not used."""
     hessian, seen = hessian_of(correlated_inputs(40)), []
     for matrices, rows in ((1, 1), (1, 50), (6, 50)):
         weight = torch.stack([some_weight(rows, 40, seed=i) for i in range(matrices)])

@@ -563,17 +563,15 @@ def test_the_fastest_kernel_is_taken_and_named(monkeypatch):
     assert 0 < tg.time_attention(tg.sdpa_by("flash"), hp, world) < 10_000
     assert tg.time_attention(tg.sdpa_by("cudnn"), hp, world) == math.inf
     name, attend = tg.choose_attention(hp, world)
-    assert (
-        name.startswith("flash (ms per layer") and "cudnn inf" in name and "Flash" in kernel_that_ran(attend)
-    )
+    assert name.startswith("sdpa-flash (ms per layer") and "cudnn:inf" in name
+    assert "Flash" in kernel_that_ran(attend)
     monkeypatch.setitem(tg.SDPA_KERNELS, "flash", tg.SDPA_KERNELS["cudnn"])
     monkeypatch.setitem(tg.SDPA_KERNELS, "efficient", tg.SDPBackend.FLASH_ATTENTION)
     name, attend = tg.choose_attention(hp, world)
-    assert (
-        name.startswith("efficient (ms per layer")
-        and "flash inf" in name
-        and "Flash" in kernel_that_ran(attend)
-    )
+    assert name.startswith("sdpa-efficient (ms per layer") and "flash:inf" in name
+    with Asked() as asked:
+        assert "Flash" in kernel_that_ran(attend)
+    assert asked.orders[0][0] == int(tg.SDPBackend.FLASH_ATTENTION.value)
 
 
 def test_all_ranks_take_the_kernel_of_the_first():
@@ -581,9 +579,7 @@ def test_all_ranks_take_the_kernel_of_the_first():
     hp, world = machine()
     world.broadcast_ = lambda tensor: tensor.fill_(2)
     name, attend = tg.choose_attention(hp, world)
-    assert name.startswith("efficient ") and "Flash" in kernel_that_ran(
-        attend
-    )  # and leaves the work to the next
+    assert name.startswith("sdpa-efficient ") and "Flash" in kernel_that_ran(attend)  # leaves it to the next
 
 
 def test_a_cpu_takes_its_own_kernels():
@@ -595,24 +591,28 @@ def test_a_cpu_takes_its_own_kernels():
     assert not torch.equal(tg.dense_attention(*qkv), tg.sdpa_attention(*qkv))
 
 
-def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch):
-    """In bf16 only, causal, and whatever its build gives back."""
+@pytest.mark.parametrize("attention", ["auto", "fa3"])
+def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
+    """On CUDA and in bf16 only, causal, and whatever its build gives back."""
     interface, calls = types.SimpleNamespace(), []
+
+    def machine_with(installed, on_cuda=True, **changed):
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", installed)
+        hp, world = machine(**dict(attention=attention, dtype="bf16") | changed)
+        world.on_cuda = on_cuda
+        return hp, world
+
     for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
         interface.flash_attn_func = lambda q, k, v, outputs=outputs, **given: (
             calls.append(given) or outputs(q + v)
         )
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
-            tg.choose_attention(*machine(attention="fa3", dtype="bf16"))
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
-        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
-            tg.choose_attention(*machine(attention="fa3"))
-        name, attend = tg.choose_attention(*machine(attention="fa3", dtype="bf16", num_kv_heads=4))
+        name, attend = tg.choose_attention(*machine_with(interface))
         q, k, v = torch.randn(3, 1, 8, 2, 8)
-        assert name.startswith("flash-attention-3 (ms") and torch.equal(attend(q, k, v), q + v)
-    assert "flash-attention-3" not in tg.choose_attention(*machine(dtype="bf16"))[0]
+        assert name.startswith("flash-attention-3") and torch.equal(attend(q, k, v), q + v)
     assert calls and all(given == {"causal": True} for given in calls)
+    for missing in (dict(installed=None), dict(dtype="fp32"), dict(on_cuda=False)) * (attention == "fa3"):
+        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
+            tg.choose_attention(*machine_with(**dict(installed=interface) | missing))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def fake_gradients(hp, model, alpha, soft):
     flat.grads.zero_()
     model(*some_text(hp)).backward()
     qat.restore()
-    return {name: grad.clone() for name, grad in flat.views(flat.grads).items()}
+    return {name: flat.view(flat.grads, name).clone() for name in flat.parameters}
 
 
 def latent_grid(weight):

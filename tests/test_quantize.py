@@ -482,8 +482,9 @@ def test_what_is_packed_is_what_was_quantised(given, share):
 
 def test_code_counts_against_the_limit(given):
     size = len(given.packed())
-    kept, smaller = (given.fit(size + 60_000 - code, code)[0] for code in (60_000, 62_000))
-    assert len(kept) == size and size - 2500 < len(smaller) <= size - 2000
+    room = round(1.01 * size)
+    kept, smaller = (given.fit(room - longer, 60_000 + longer)[0] for longer in (0, 3000))
+    assert len(kept) == size and 0.995 * (room - 3000) <= len(smaller) <= room - 3000
 
 
 @pytest.mark.parametrize(("limit", "code_bytes"), [(20_000, 1000), (1000, 1000), (1000, 5000)])
@@ -491,7 +492,7 @@ def test_a_limit_that_nothing_meets_is_one_clear_error(given, limit, code_bytes)
     with pytest.raises(tg.UserError) as caught:
         given.fit(limit - code_bytes, code_bytes)
     (line,) = str(caught.value).splitlines()
-    assert "no step" in line and "smaller" in line and "MODEL_DIM" in line
+    assert "no step" in line and "MODEL_DIM" in line
 
 
 @pytest.mark.whole
@@ -574,11 +575,9 @@ def lines_of(out, start):
 
 
 def test_the_log_states_the_memory_of_calibration(stage, tiny_hp):
-    """Sequences, what the Hessians hold (one for c_q, c_k and c_v), and the process's peak."""
+    """Sequences, and the process's peak."""
     (line,) = lines_of(stage[1], "calibrated ")
     assert line["sequences"] == f"{tiny_hp.gptq_calib_sequences}x{tiny_hp.train_seq_len}"
-    held = 3 * (3 * 64**2 + 128**2) * 4 / 2**20
-    assert line["hessians"].endswith("MiB") and abs(float(line["hessians"][:-3]) - held) <= 0.5
     assert line["peak_memory"].endswith("MiB") and 50 < float(line["peak_memory"][:-3]) < 20_000
 
 

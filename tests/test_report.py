@@ -384,6 +384,7 @@ document.documentElement.setAttribute('data-measured', JSON.stringify({figures, 
 </script></body>"""
 
 
+@pytest.mark.whole
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("size, dark", [("1100,3000", False), ("500,3000", True)])
@@ -400,6 +401,7 @@ def test_a_browser_shows_it(tmp_path, full_page, size, dark):
     assert (np.abs(image - colour).max(-1) < 0.05).sum() > 1000
 
 
+@pytest.mark.whole
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_the_browser_test_sees_console_messages(tmp_path):
