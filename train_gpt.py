@@ -224,11 +224,11 @@ def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Fi
     """What an environment sets, and a line for every mistake."""
     given, errors = {}, doubtful_names(env, fields)[0]
     full = env.get("FULL_GPTQ", "").lower() in ("1", "true")  # #601's full path never asks for GPTQ_LITE
-    for name in env.keys() - {"GPTQ_LITE" if full else ""}:
+    for name in sorted(env.keys() - {"GPTQ_LITE" if full else ""}):
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
         except (ValueError, KeyError):
-            errors.append(f"{name}={env[name]} is not for this script; see --help, or leave it out")
+            errors.append(f"{name}={env[name]} is not a value that it can have here; leave it out, or see --help")
         else:
             other, earlier = given.setdefault(key, (name, value))
             if other != name and earlier != value:
@@ -715,7 +715,7 @@ class Clock:
         return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
 
     def at(self, step: int) -> float:
-        return self.agreed * step / max(self.agreed_step, 1)
+        return self.agreed * step / self.agreed_step if self.agreed_step else 0.0
 
     def out_of_time(self, step: int) -> bool:
         return 0 < self.limit < self.at(step)
