@@ -228,7 +228,7 @@ def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Fi
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
         except (ValueError, KeyError):
-            errors.append(f"{name}={env[name]} is not a value that it can have here; leave it out, or see --help")
+            errors.append(f"{name}={env[name]} is no value that it can have here; leave it out or see --help")
         else:
             other, earlier = given.setdefault(key, (name, value))
             if other != name and earlier != value:
