@@ -241,7 +241,7 @@ class Hyperparameters:
     """Every setting of a run; the environment variable is the field's name in capitals."""
     preset: str = _run("pr606", "set of defaults", choices=(*PRESETS,))
     run_id: str = _run("", "folder under logs/ (empty: preset-seed-time)")
-    stages: str = _run("train,quantize,evaluate", "parts to run")
+    stages: str = _run("train,quantize,evaluate", "parts to run, separated by commas")
     artifact: str = _run("", "file to score (empty: the run's own)")
     resume: bool = _run(False, "continue the run RUN_ID from its checkpoint")
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
@@ -254,7 +254,7 @@ class Hyperparameters:
     grad_accum_steps: int = _run(0, "micro-steps per step and rank (0: what fits)")
 
     vocab_size: int = _model(1024, "V, vocabulary; shards hold 16-bit ids", "[1, 65536]")
-    num_layers: int = _model(11, "blocks", COUNT)
+    num_layers: int = _model(11, "blocks; the first half feeds the second", COUNT)
     model_dim: int = _model(512, "D, width of the residual stream", COUNT)
     num_heads: int = _model(8, "H, query heads", COUNT)
     num_kv_heads: int = _model(8, "G, key and value heads", COUNT)
@@ -307,7 +307,8 @@ class Hyperparameters:
     soft_round_alpha: float = _train(16.0, "last sharpness of soft rounding, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "what sets a row's step", choices=("absmax", "clip", "lite"))
+    step_rule: str = _quantise("absmax", "what sets a row's step: its largest weight, the best clip, GPTQ-lite",
+                               choices=("absmax", "clip", "lite"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
@@ -326,7 +327,8 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains", choices=("blocks", "control", "all"))
+    ttt_params: str = _score("blocks", "what TTT trains: last blocks and scales, control tensors, all",
+                             choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "last blocks that are trained (#606's name)")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_perlayer_lr: bool = _score(False, "mlp.proj at 3x and mlp.fc at 0.5x the rate (#601)")

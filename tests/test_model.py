@@ -84,9 +84,11 @@ def relative_error(value, expected):
 
 def test_every_preset_and_every_technique_is_compared_with_the_reference():
     """What is missing is to be written down: a preset in CONFIGS, a formula in tests/reference.py."""
-    assert not tg.PRESETS.keys() - CONFIGS.keys()
-    assert not OFF.keys() - TECHNIQUES
-    assert not [name for name, off in OFF.items() if getattr(settings("all"), name) == off]
+    presets, formulas = tg.PRESETS.keys() - CONFIGS.keys(), OFF.keys() - TECHNIQUES
+    assert not presets, f"shrink {presets} in CONFIGS"
+    assert not formulas, f"write the formula of {formulas} into tests/reference.py, its name into TECHNIQUES"
+    silent = [name for name, off in OFF.items() if getattr(settings("all"), name) == off]
+    assert not silent, f"switch {silent} on in CONFIGS['all']"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -593,11 +595,12 @@ def test_a_cpu_takes_its_own_kernels():
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])
 def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
-    """On CUDA and in bf16 only, causal, and whatever its build gives back."""
+    """On a Hopper GPU, as PyTorch would report it, in bf16; causal, whatever its build gives back."""
     interface, calls = types.SimpleNamespace(), []
 
-    def machine_with(installed, on_cuda=True, **changed):
+    def machine_with(installed=interface, on_cuda=True, capability=(9, 0), **changed):
         monkeypatch.setitem(sys.modules, "flash_attn_interface", installed)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         hp, world = machine(**dict(attention=attention, dtype="bf16") | changed)
         world.on_cuda = on_cuda
         return hp, world
@@ -606,13 +609,14 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
         interface.flash_attn_func = lambda q, k, v, outputs=outputs, **given: (
             calls.append(given) or outputs(q + v)
         )
-        name, attend = tg.choose_attention(*machine_with(interface))
+        name, attend = tg.choose_attention(*machine_with())
         q, k, v = torch.randn(3, 1, 8, 2, 8)
         assert name.startswith("flash-attention-3") and torch.equal(attend(q, k, v), q + v)
     assert calls and all(given == {"causal": True} for given in calls)
-    for missing in (dict(installed=None), dict(dtype="fp32"), dict(on_cuda=False)) * (attention == "fa3"):
+    lacking = dict(installed=None), dict(dtype="fp32"), dict(on_cuda=False), dict(capability=(8, 0))
+    for missing in lacking * (attention == "fa3"):
         with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
-            tg.choose_attention(*machine_with(**dict(installed=interface) | missing))
+            tg.choose_attention(*machine_with(**missing))
 
 
 # ----------------------------------------------------------------------------------------------------------

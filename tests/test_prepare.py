@@ -926,9 +926,18 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture) -> N
     assert f"python data/prepare.py {command}".strip() in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["fetch"], ["sotu", "--vocab-size", "9"], ["text"], ["fineweb", "--train-shards", "x"],
-    ["sotu", "--vocab"], ["text", "a", "--name", "x", "--val-documents", "3", "--val-fraction", "0.1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fetch"],
+        ["sotu", "--vocab-size", "9"],
+        ["text"],
+        ["fineweb", "--train-shards", "x"],
+        ["sotu", "--vocab"],
+        ["text", "a", "--name", "x", "--val-documents", "3", "--val-fraction", "0.1"],
+    ],
+)
 def test_wrong_options_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         prepare.main(arguments)
