@@ -307,7 +307,7 @@ class Hyperparameters:
     soft_round_alpha: float = _train(16.0, "last sharpness of soft rounding, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "what sets a row's step: its largest weight, the best clip, GPTQ-lite",
+    step_rule: str = _quantise("absmax", "a row's step: by its largest weight, the best clip, GPTQ-lite",
                                choices=("absmax", "clip", "lite"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
