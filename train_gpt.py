@@ -435,10 +435,11 @@ class World:
             raise UserError(f"{local + 1} processes want a CUDA device, but PyTorch sees {devices}; lower "
                             f"--nproc_per_node (NPROC), install torch for CUDA, or set DEVICE=cpu")
         self.device = torch.device(f"cuda:{local}" if self.on_cuda else "cpu")
-        self.tuning = TUNING[self.device.type]
+        self.tuning, self.hopper = TUNING[self.device.type], False
         if self.on_cuda:
             torch.cuda.set_device(self.device)
-            units = torch.cuda.get_device_capability(self.device) >= (8, 0)
+            capability = torch.cuda.get_device_capability(self.device)
+            self.hopper, units = capability[0] == 9, capability >= (8, 0)
         else:  # bf16 units pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores)
             units = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
         self.dtype = torch.bfloat16 if {"bf16": True, "fp32": False}.get(hp.dtype, units) else torch.float32
@@ -600,8 +601,7 @@ def choose_attention(hp: Hyperparameters, world: World) -> tuple[str, Callable]:
     """The fastest attention at hand, the same on all ranks: name and function."""
     if not world.on_cuda and hp.attention == "auto":
         return "dense in blocks in bf16, else sdpa", cpu_attention
-    hopper = world.on_cuda and torch.cuda.get_device_capability(world.device)[0] == 9
-    fa3 = flash_attention_3() if hopper and world.dtype == torch.bfloat16 else None
+    fa3 = flash_attention_3() if world.hopper and world.dtype == torch.bfloat16 else None
     if not fa3 and hp.attention == "fa3":
         raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and flash_attn_interface")
     if fa3 and hp.attention != "sdpa":
@@ -609,7 +609,7 @@ def choose_attention(hp: Hyperparameters, world: World) -> tuple[str, Callable]:
     names = [*SDPA_KERNELS][:-1]  # math writes the scores out: never the fastest
     times = {name: time_attention(sdpa_by(name), hp, world) for name in names}
     best = names[world.broadcast_(torch.tensor(np.argmin([*times.values()]), device=world.device))]
-    note = "; WITHOUT FlashAttention 3, with which a Hopper GPU takes more steps" * hopper
+    note = "; WITHOUT FlashAttention 3, with which a Hopper GPU takes more steps" * world.hopper
     return (f"sdpa-{best} (ms per layer and 16,384 tokens: {key_values(times)}{note})",
             sdpa_by(*dict.fromkeys((best, *SDPA_KERNELS))))
 

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy's and torch's threads, which only wait here
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "records")]
-torch.set_num_threads(1)  # the tensors are tiny; two threads only wait for each other
+torch.set_num_threads(1)
 
 import train_gpt as tg  # noqa: E402
 

@@ -595,14 +595,13 @@ def test_a_cpu_takes_its_own_kernels():
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])
 def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
-    """On a Hopper GPU, as PyTorch would report it, in bf16; causal, whatever its build gives back."""
+    """On a Hopper GPU in bf16; causal, whatever its build gives back."""
     interface, calls = types.SimpleNamespace(), []
 
-    def machine_with(installed=interface, on_cuda=True, capability=(9, 0), **changed):
+    def machine_with(installed=interface, hopper=True, **changed):
         monkeypatch.setitem(sys.modules, "flash_attn_interface", installed)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         hp, world = machine(**dict(attention=attention, dtype="bf16") | changed)
-        world.on_cuda = on_cuda
+        world.on_cuda, world.hopper = True, hopper
         return hp, world
 
     for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
@@ -613,7 +612,7 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
         q, k, v = torch.randn(3, 1, 8, 2, 8)
         assert name.startswith("flash-attention-3") and torch.equal(attend(q, k, v), q + v)
     assert calls and all(given == {"causal": True} for given in calls)
-    lacking = dict(installed=None), dict(dtype="fp32"), dict(on_cuda=False), dict(capability=(8, 0))
+    lacking = dict(installed=None), dict(dtype="fp32"), dict(hopper=False)
     for missing in lacking * (attention == "fa3"):
         with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
             tg.choose_attention(*machine_with(**missing))
@@ -624,6 +623,7 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_the_compiled_model_is_one_graph_in_which_the_rotary_tables_are_constants():
     """As operations they would be float64 powers and cosines in every attention kernel, at every step."""
     graphs = []

@@ -276,6 +276,7 @@ def score_of(model, score_fn):
     ).val_loss
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch's own, when it imports its compiler
 def test_the_compiled_model_trains_with_qat_and_nothing_recompiles(hp):
     """The trap of #315, #421 and #606: a flag in the graph is folded away, or recompiles at every alpha.
