@@ -521,7 +521,8 @@ class World:
 
     def matrix_rate(self) -> float:
         """Measured FLOP per second."""
-        a = torch.ones(self.tuning.probe, self.tuning.probe, device=self.device, dtype=self.dtype)
+        i = torch.arange(self.tuning.probe, device=self.device, dtype=torch.float32)
+        a = torch.outer(i, i).sin().to(self.dtype)  # equal entries take less power: a GPU clocks higher
         return 2 * len(a) ** 3 / self.seconds(lambda: a @ a, repeats=4)
 
     def hardware(self) -> str:
@@ -2679,15 +2680,16 @@ Packed = collections.namedtuple("Packed", "blob found")  # the file, and finding
 Scored = collections.namedtuple("Scored", "scores proofs")  # by name
 
 
-def compress(run: Run, weights: dict[str, Tensor]) -> Packed:
-    """Calibrate on training tokens, quantise, pack."""
+def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
+    """Calibrate on training tokens, quantise, pack; no weights: model.pt."""
     hp, world, log = run.hp, run.world, run.log
     with torch.device("meta"):
         model = GPT(hp)
     try:
+        weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(weights, assign=True)
-    except RuntimeError:
-        raise UserError("model.pt holds another model; set what it was trained with") from None
+    except Exception as error:  # torch.load has many kinds
+        raise UserError(f"model.pt: {type(error).__name__}; set what it trained with, or retrain") from None
     model.to(world.device).use(choose_attention(hp, world)[1])
     with run.training.phase("calibrate"):
         stream = TokenStream(read_split(hp.data_path, "train"))
@@ -2793,7 +2795,6 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     run = begin_run(hp, world, validation, cautions)
     weights = train_stage(run, validation).weights if "train" in stages else None
     if "quantize" in stages:
-        weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
         packed = compress(run, weights)
         run.write("artifact.bin", packed.blob)
         run.record(packed.found)

@@ -390,3 +390,15 @@ def test_a_damaged_artifact_is_refused(full_run, tiny, tmp_path, damage):
     code, out, errors = told(tmp_path, tiny | {"ARTIFACT": "bad.bin", "STAGES": "evaluate"})
     check_error(errors, "artifact")
     assert code == 1 and out == "" and [path.name for path in tmp_path.iterdir()] == ["bad.bin"]
+
+
+@pytest.mark.parametrize("weights, kind", [(b"hello", "KeyError"), ({"x": torch.zeros(1)}, "RuntimeError")])
+def test_a_model_that_does_not_load_is_told_of(tiny, tmp_path, weights, kind):
+    (run := tmp_path / "logs/run").mkdir(parents=True)
+    (run / "result.json").write_text('{"budget": {}}')
+    torch.save(weights, run / "model.pt")
+    if isinstance(weights, bytes):
+        (run / "model.pt").write_bytes(weights)
+    code, _, errors = told(tmp_path, tiny | {"STAGES": "quantize"})
+    check_error(errors, "model.pt", kind, "retrain")
+    assert code == 1
