@@ -867,8 +867,7 @@ class ByteTable:
         self.boundary = np.any(kinds, axis=0)
         self.space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
         lengths = [len(piece.removeprefix("\u2581").encode()) for piece in pieces]
-        lengths = np.where(processor.is_byte(ids), 1, lengths)
-        self.bytes = np.where(self.boundary, 0, lengths).astype(np.int32)
+        self.bytes = np.select([self.boundary, processor.is_byte(ids)], [0, 1], lengths).astype(np.int32)
 
     def count(self, previous: Tensor, target: Tensor) -> Tensor:
         """Bytes of each target after its previous token; ints of one shape, int32 out."""
@@ -2049,7 +2048,7 @@ def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Ten
     return flat.reshape(shape)
 
 
-def pack(config: dict, tensors: Tensors) -> bytes:
+def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
     """A JSON dict and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
     sections, entries = collections.defaultdict(list), []
     for name, tensor in sorted(tensors.items()):
@@ -2071,7 +2070,8 @@ def pack(config: dict, tensors: Tensors) -> bytes:
     plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
     if sum(map(len, plain.values())) > MOST_BYTES:
         raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
-    packed = {key: zstd_frame(data, not key.startswith(("raw", "embed"))) for key, data in plain.items()}
+    literals = lambda key: not key.startswith(("raw", "embed"))
+    packed = {key: zstd_frame(data, literals(key), level) for key, data in plain.items()}
     header = json.dumps({"config": config, "tensors": entries,
                          "sections": [[key, len(packed[key]), len(plain[key])] for key in plain]},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
@@ -2149,7 +2149,7 @@ class Rate:
             units[roles[name], max_code].append(some.flatten())
             zeros = torch.zeros(weight.shape, dtype=torch.int8)
             empty[name] = QuantizedTensor(zeros, steps, max_code, roles[name])
-        self.fixed = len(pack(artifact_config(model.hp, {}), empty))  # all but the codes
+        self.fixed = len(pack(artifact_config(model.hp, {}), empty, level=13))  # all but the codes; quickly
         self.samples = [(key[1], count, torch.cat(units[key])) for key, count in counts.items()]
 
     def bytes(self, multiplier: float) -> float:
