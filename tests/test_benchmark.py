@@ -91,6 +91,8 @@ def test_the_plain_model_has_the_same_loss_and_gradients(preset, tiny, dtype, to
             loss = one(x, y)
         loss.backward()
         losses.append(loss.item())
+    unread = [name for name, w in plain.w.items() if w.grad is None and not name.endswith("0.attn.vr_lambda")]
+    assert not unread, f"PlainGPT in records/benchmark.py does not use {unread}"
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     if dtype == "fp32":
         for name, p in model.named_parameters():

@@ -31,20 +31,18 @@ def env(text):
 
 SMALL = env("VOCAB_SIZE=96 MODEL_DIM=64 ROPE_DIMS=8 TRAIN_SEQ_LEN=32 EVAL_SEQ_LEN=32 EVAL_STRIDE=8")
 SMALL |= env("TTT_CHUNK_TOKENS=64 BIGRAM_VOCAB_SIZE=50 BIGRAM_DIM=24 VE_DIM=20")
+MODEL_FIELDS = tg.Hyperparameters.fields("model")
+# The settings that switch a technique of the model off, with the value that does.
+OFF = {name: f.metadata["off"] for name, f in MODEL_FIELDS.items() if f.metadata["off"] is not None}
 # Every preset, shrunk, and every technique at once.
 CONFIGS = {
     "pr606": "PRESET=pr606 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=4 VE_LAYERS=4,5 ROPE_NTK_REFERENCE=8",
     "pr601": "PRESET=pr601 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=2",
     "smoke": "PRESET=smoke",
     "all": "PRESET=pr606 NUM_LAYERS=5 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=3 VE_LAYERS=0,2,4"
-    " ROPE_NTK_REFERENCE=8 VALUE_RESIDUAL=1 GATED_ATTENTION=1 SMEAR_RESET_AT_BOS=1",
+    " ROPE_NTK_REFERENCE=8 " + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False),
 }
-MODEL_FIELDS = tg.Hyperparameters.fields("model")
-# The settings that switch a technique of the model off, with the value that does.
-OFF = {name: f.metadata["off"] for name, f in MODEL_FIELDS.items() if f.metadata["off"] is not None}
-# All of them on, also those that the reference does not know.
-ALL_ON = tg.Hyperparameters.from_env(SMALL | env(CONFIGS["all"]))
-ALL_ON = dataclasses.replace(ALL_ON, **{name: True for name, off in OFF.items() if off is False})
+ALL_ON = tg.Hyperparameters.from_env(SMALL | env(CONFIGS["all"]))  # also what the reference does not know
 
 
 @functools.cache
@@ -230,7 +228,7 @@ def test_initial_values(config):
             assert tensor.tolist() == [1.0]
         elif key is None:
             gain = 1 / math.sqrt(2 * hp.num_layers) if name.endswith(".proj.weight") else 1.0
-            assert orthogonal(tensor, gain), name
+            assert orthogonal(tensor, gain), f"{name}: not orthogonal; if it starts constant, say so above"
         else:
             torch.testing.assert_close(tensor, torch.full_like(tensor, constant[key]), msg=name)
 
@@ -469,14 +467,15 @@ def test_every_part_of_the_tables_is_one_of_a_setting(config):
     """Parts act in the order of their table, in the layers that their settings name."""
     hp, model = settings(config), build(settings(config))
     for block, layer in zip(model.blocks, range(hp.num_layers)):
-        assert list(block.attn.value_parts) == [
-            *["value_embedding"] * (hp.ve_enabled and layer in hp.ve_layers),
-            *["value_residual"] * hp.value_residual,
-        ]
-        assert list(block.attn.output_parts) == [
-            *["xsa"] * (layer >= hp.num_layers - hp.xsa_last_n),
-            *["gated_attention"] * hp.gated_attention,
-        ]
+        # what is not in every layer; any other part has the name of its setting
+        some = {"value_embedding": hp.ve_enabled and layer in hp.ve_layers}
+        some |= {"xsa": layer >= hp.num_layers - hp.xsa_last_n}
+        for there, table in (
+            (block.attn.value_parts, tg.VALUE_PARTS),
+            (block.attn.output_parts, tg.OUTPUT_PARTS),
+        ):
+            wanted = {name: some[name] if name in some else getattr(hp, name) for name in table}
+            assert list(there) == [name for name in table if wanted[name]]
     assert list(model.embedding_parts) == ["bigram", "norm", "smear"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-LINES, BRANCHES, SETTINGS = 2850, 70, 88  # in all; of branches: for 1,000 lines
+LINES, BRANCHES, SETTINGS = 2850, 70, 90  # in all; of branches: for 1,000 lines
 FUNCTION, TRAIN, CLASS = 80, 120, 150  # lines of a function, of the visible loop, of a class
 COLUMNS, BYTES = 110, 53  # of a line, the longest and the mean of all, blank ones included
 NEEDED, PARAMETERS = 7, 10  # parameters of a function without a default, and in all; self is not counted
@@ -76,9 +76,13 @@ script = Script(SCRIPT)
 def test_lines_branches_and_settings_of_the_file():
     lines, branches, settings = len(script.lines), script.branches(), len(script.settings())
     dense = round(1000 * branches / lines, 1)
-    assert lines <= LINES, f"{script.name} has {lines} lines, {LINES} at most"
-    assert dense <= BRANCHES, f"{branches} branches are {dense} for 1,000 lines, {BRANCHES} at most"
-    assert settings <= SETTINGS, f"{settings} settings, {SETTINGS} at most"
+    found = {
+        "lines": (lines, LINES),
+        "branches for 1,000 lines": (dense, BRANCHES),
+        "settings": (settings, SETTINGS),
+    }
+    over = [f"{have} {what}, {most} at most" for what, (have, most) in found.items() if have > most]
+    assert not over, f"{script.name}: {'; '.join(over)}; what does the new make superfluous?"
 
 
 def test_columns_and_bytes_of_lines():
