@@ -84,11 +84,15 @@ def draw(name: str, shape, seed: int = 0) -> torch.Tensor:
 
 
 def random_model(hp: tg.Hyperparameters, seed: int = 0, spread: float = 0.1) -> tg.GPT:
-    """A model with every parameter random, so that no zero hides a part; a new one moves no other's draw."""
+    """A model with every parameter random, so that no zero hides a part; a new one moves no other's draw.
+
+    Around what a constant starts from: a scale near zero would silence what it scales.
+    """
     model = tg.GPT(hp)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(spread * draw(name, p.shape, seed))
+            start = p.flatten()[0] if len(p.unique()) == 1 else 0.0
+            p.copy_(start + spread * draw(name, p.shape, seed))
     return model
 
 

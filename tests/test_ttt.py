@@ -501,7 +501,7 @@ class Loop:
 @pytest.mark.parametrize(("spread", "changes"), [
     (0.2, dict(ttt_optimizer="adamw", ttt_lr=0.01, ttt_perlayer_lr=1)),
     (0.2, dict(ttt_optimizer="sgd", ttt_lr=0.05, ttt_momentum=0.9, ttt_epochs=3, ttt_batch_seqs=1)),
-    (0.1, dict(ttt_optimizer="sgd", ttt_lr=0.5, ttt_perlayer_lr=1, ttt_temperature=0.8, ttt_params="blocks")),
+    (.02, dict(ttt_optimizer="sgd", ttt_lr=0.5, ttt_perlayer_lr=1, ttt_temperature=0.8, ttt_params="blocks")),
 ], ids=["adamw", "sgd", "no clip"])  # fmt: skip
 def test_ttt_equals_a_loop_written_out(spread, changes):
     hp, positions = settings(**{"ttt_params": "all"} | changes), 2 * SIZE + SEQ
