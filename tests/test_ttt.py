@@ -323,6 +323,7 @@ def test_gradients_are_those_of_the_whole_batch_in_parts(part):
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_compiled_scoring_is_the_same_and_compiles_nothing_per_chunk():
     """Weights move from chunk to chunk; the windows of all chunks share one graph, the first one is eager."""
     graphs, graphs_at, tokens = [], [], some_text()
