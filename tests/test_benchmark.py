@@ -238,6 +238,7 @@ def everything(tmp_path_factory, corpus) -> tuple[dict, str]:
     return report, printed.getvalue()
 
 
+@pytest.mark.whole
 def test_all_is_one_table_and_one_file(everything):
     report, printed = everything
     assert [one["subcommand"] for one in report["reports"]] == list(benchmark.SUBCOMMANDS)
@@ -245,6 +246,7 @@ def test_all_is_one_table_and_one_file(everything):
     assert report["command"].startswith("python records/benchmark.py all")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -261,6 +263,7 @@ def test_subcommand(everything, name, expected):
     assert set(check_rows(everything, name)) == expected
 
 
+@pytest.mark.whole
 def test_train(everything):
     rows = check_rows(everything, "train")
     for kind in STEPS:
@@ -272,6 +275,7 @@ def test_train(everything):
     assert report["dtype"] == "bfloat16" and report["changed"]["num_layers"] == 2
 
 
+@pytest.mark.whole
 def test_gptq(everything):
     rows = check_rows(everything, "gptq")
     assert rows["quantise the model"]["remark"] == "12 matrices, 57344 weights, steps by clip"

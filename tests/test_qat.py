@@ -330,6 +330,7 @@ def test_a_step_with_qat_moves_the_latent_weights(hp, soft):
     assert not torch.equal(model.tok_emb.weight, before["tok_emb.weight"])
 
 
+@pytest.mark.whole
 def test_training_with_soft_rounding_draws_weights_to_the_grid(hp):
     """From a quarter of a step to at most 0.17, raw and averaged, with #606's alpha.
 
@@ -378,6 +379,7 @@ def rounded_loss(hp, seed, late_qat, steps=45):
         return float(stepper.model(rows[:, :-1], rows[:, 1:]))
 
 
+@pytest.mark.whole
 def test_straight_through_lowers_the_rounded_loss(hp):
     """With so few levels that it shows in seconds."""
     few = dict(attn_bits=2, mlp_bits=2, late_qat_threshold=0.5, train_batch_tokens=128)

@@ -309,6 +309,7 @@ def call(monkeypatch, capsys, *words):
     return status, captured.out, captured.err
 
 
+@pytest.mark.whole
 def test_files_of_the_command_line(tmp_path, monkeypatch, capsys, undrawn):
     a, b = (write_run(tmp_path / name).folder for name in "ab")
     status, out, err = call(monkeypatch, capsys, a, b)
