@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import struct
@@ -71,10 +72,11 @@ class UserError(ValueError):
 # An artifact holds the settings of the model; a resumed run may change those of the run and of the score.
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
-COUNT = "[1, inf)"
+COUNT, SIZE = "[1, 1e9]", "[1, 65536]"
+NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and the digits of any script
 
 
-def setting(scope: str, default, meaning: str, within: str = "[0, inf)", choices: tuple = (), off=None):
+def setting(scope: str, default, meaning: str, within: str = "[0, 1e9]", choices: tuple = (), off=None):
     """A field with its scope, meaning, interval or choices, and the value that is off."""
     facts = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
     return field(default=default, metadata=facts)
@@ -147,11 +149,18 @@ def _edits(a: str, b: str) -> int:
     return row[-1]
 
 
+def brief(value: object) -> str:
+    """A value from outside in one short line."""
+    return " ".join(str(value)[:60].split())
+
+
 def _parse(text: str, like: object) -> object:
     if isinstance(like, bool):
         return ("0", "1", "false", "true").index(text.lower()) % 2 == 1
     if isinstance(like, tuple):
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(_parse(part.strip(" "), 0) for part in text.split(",") if part.strip(" "))
+    if not isinstance(like, str) and not NUMERALS.issuperset(text):
+        raise ValueError
     return type(like)(text)
 
 
@@ -202,8 +211,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
          f"STEP_RULE={hp.step_rule} is not what QAT trains on; set LATE_QAT_THRESHOLD=0"),
-        (Path(hp.run_id).name != hp.run_id or hp.run_id == "..", "RUN_ID must name a folder under logs/"),
-        (not set(stages) <= set(STAGES), f"STAGES={hp.stages}: use some of {','.join(STAGES)}"),
+        (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
+         "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
+        (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
 
@@ -214,9 +224,9 @@ def problems(hp: Hyperparameters) -> list[str]:
     for name, f in hp.fields().items():
         value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
         if choices and value not in choices:
-            found.append(f"{name.upper()}={value} is unknown; choose one of {', '.join(choices)}")
+            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
         elif isinstance(value, (int, float)) and not _inside(value, within):
-            found.append(f"{name.upper()}={value} must lie in {within}")
+            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
     return found or conflicts(hp)
 
 
@@ -228,7 +238,7 @@ def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Fi
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
         except (ValueError, KeyError):
-            errors.append(f"{name}={env[name]} is no value that it can have here; leave it out or see --help")
+            errors.append(f"{name}={brief(env[name])} is no value that it can have; see --help, or unset it")
         else:
             other, earlier = given.setdefault(key, (name, value))
             if other != name and earlier != value:
@@ -253,25 +263,25 @@ class Hyperparameters:
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
     grad_accum_steps: int = _run(0, "micro-steps per step and rank (0: what fits)")
 
-    vocab_size: int = _model(1024, "V, vocabulary; shards hold 16-bit ids", "[1, 65536]")
-    num_layers: int = _model(11, "blocks; the first half feeds the second", COUNT)
-    model_dim: int = _model(512, "D, width of the residual stream", COUNT)
-    num_heads: int = _model(8, "H, query heads", COUNT)
-    num_kv_heads: int = _model(8, "G, key and value heads", COUNT)
-    mlp_mult: float = _model(3.5, "MLP width in units of D", COUNT)
-    mlp_slope: float = _model(0.5, "slope below zero of the squared ReLU")
+    vocab_size: int = _model(1024, "V, vocabulary; shards hold 16-bit ids", SIZE)
+    num_layers: int = _model(11, "blocks; the first half feeds the second", "[1, 1000]")
+    model_dim: int = _model(512, "D, width of the residual stream", SIZE)
+    num_heads: int = _model(8, "H, query heads", SIZE)
+    num_kv_heads: int = _model(8, "G, key and value heads", SIZE)
+    mlp_mult: float = _model(3.5, "MLP width in units of D", "[1, 64]")
+    mlp_slope: float = _model(0.5, "slope below zero of the squared ReLU", "[0, 1]")
     rope_base: float = _model(10000.0, "RoPE base frequency", COUNT)
     rope_dims: int = _model(16, "dimensions of a head that RoPE turns")
     rope_ntk_reference: int = _model(1024, "T above which the RoPE base grows (0: never)")
-    logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "(0, inf)")
+    logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
     xsa_last_n: int = _model(11, "last layers with exclusive self attention", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
     smear_gate: bool = _model(True, "mix each embedding with the previous one", off=False)
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
-    bigram_dim: int = _model(128, "width of the bigram table", COUNT)
+    bigram_dim: int = _model(128, "width of the bigram table", SIZE)
     ve_enabled: bool = _model(True, "add a shared value embedding to V", off=False)
-    ve_dim: int = _model(128, "width of the value embedding", COUNT)
+    ve_dim: int = _model(128, "width of the value embedding", SIZE)
     ve_layers: tuple[int, ...] = _model((9, 10), "layers that get the value embedding")
     value_residual: bool = _model(False, "mix the first layer's V into every later one", off=False)
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
