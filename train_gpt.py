@@ -23,6 +23,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import io
@@ -37,7 +38,6 @@ import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -435,11 +435,47 @@ def rms_norm(x: Tensor) -> Tensor:
     return TUNING[x.device.type].norm(x)
 
 
+PATIENCE = timedelta(minutes=20)  # of ranks with each other
+
+
+def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of ranks, and rank on this machine, from torchrun; UserError for anything else."""
+    usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    told = usual | {name: text for name, text in env.items() if name in usual}
+    numbers = [int(text) for text in [*told.values()][:3] if re.fullmatch("[0-9]{1,6}", text)]
+    alone = numbers[1:2] == [1] or all(map(env.get, usual))
+    if len(numbers) < 3 or not numbers[0] < numbers[1] or not alone:
+        said = " ".join(f"{name}={brief(text)}" for name, text in told.items())
+        raise UserError(f"torchrun does not say {said}; start every process with it, or unset these")
+    return tuple(numbers)
+
+
+def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
+    """The ranks' common store. UserError on every rank where their facts differ, or tell of an error."""
+    rank, size, _ = launched_as(env)
+    store, others = None, []
+    if size > 1:
+        with reading("MASTER_ADDR and MASTER_PORT", "there is no rank 0 to be found"):
+            store, *_ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+            store.set(f"facts{rank}", json.dumps(facts))
+            others = [json.loads(store.get(f"facts{other}")) for other in range(size)]
+            store.set(f"read{rank}", "")
+            if rank == 0:  # which may hold the store: it stays until all have read
+                store.wait([f"read{other}" for other in range(size)])
+    for other, theirs in enumerate(others):
+        for name in (name for name in theirs if theirs[name] != others[0].get(name)):
+            raise UserError(f"rank {other} has {name} {theirs[name]}, rank 0 {others[0].get(name)}; start all "
+                            f"ranks alike")
+    if facts["error"]:
+        raise UserError(facts["error"])
+    return store
+
+
 class World:
     """Rank, size and device of this process, and the collectives that a run needs."""
-    def __init__(self, hp: Hyperparameters, env: Mapping[str, str]):
-        self.rank, self.size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        local, devices, self.grouped = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count(), self.size > 1
+    def __init__(self, hp: Hyperparameters, env: Mapping[str, str], store: dist.Store | None = None):
+        self.rank, self.size, local = launched_as(env)
+        devices, self.grouped = torch.cuda.device_count(), self.size > 1
         self.on_cuda = hp.device == "cuda" or hp.device == "auto" and devices > 0
         if self.on_cuda and local >= devices:
             raise UserError(f"{local + 1} processes want a CUDA device, but PyTorch sees {devices}; lower "
@@ -454,7 +490,10 @@ class World:
             units = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
         self.dtype = torch.bfloat16 if {"bf16": True, "fp32": False}.get(hp.dtype, units) else torch.float32
         if self.grouped:
-            dist.init_process_group("nccl" if self.on_cuda else "gloo", timeout=timedelta(minutes=20))
+            backend = "nccl" if self.on_cuda else "gloo"
+            with reading(f"the network of {backend}", f"check {backend.upper()}_SOCKET_IFNAME"):
+                dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=self.rank,
+                                        world_size=self.size)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         if self.grouped:
@@ -511,6 +550,12 @@ class World:
         copy.copy_(tensor, non_blocking=True)
         event.record()
         return copy, event.synchronize
+
+    def memory(self) -> int:
+        """Bytes of the device, or of the machine that its ranks share."""
+        if self.on_cuda:
+            return torch.cuda.mem_get_info(self.device)[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak_memory(self) -> int:
         if self.on_cuda:
@@ -667,11 +712,51 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, remedy: str) -> Iterator[None]:
+    """UserError that names the file and the remedy, for whatever a missing or damaged one runs into."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
+        raise UserError(f"{path}: {told}; {remedy}") from None
+
+
+def parse_json(data: bytes) -> dict:
+    """A JSON object in UTF-8, finite and with unique keys; else ValueError."""
+    def unique(pairs: list) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    found = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=int)  # which takes no NaN
+    if type(found) is not dict:
+        raise ValueError("not an object")
+    return found
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def say(text: str, stream: str = "stdout", end: str = "\n") -> None:
+    """Print while somebody listens: a console that is gone is silenced, and the run goes on."""
+    try:
+        print(text, end=end, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w", errors="replace"))
 
 
 def saved(state: object) -> bytes:
@@ -687,24 +772,30 @@ class RunLog:
         self.live, self.shown, self.text = bool(folder) and sys.stdout.isatty(), 0.0, None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text, self.metrics = (
-                open(folder / name, "a", encoding="utf-8") for name in ("log.txt", "metrics.jsonl"))
+            how = dict(encoding="utf-8", errors="backslashreplace", buffering=1 << 22)
+            self.text = open(folder / "log.txt", "a", **how)
+            self.metrics = open(folder / "metrics.jsonl", "a", **how)
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.text:
             if console:
-                print("\r\x1b[2K" * self.live + line, flush=True)
-            print(line, file=self.text, flush=True)
+                say("\r\x1b[2K" * self.live + line)
+            self.write(self.text, line)
+
+    @staticmethod
+    def write(file, line: str) -> None:
+        with contextlib.suppress(OSError):  # of a full disk: the buffer keeps the line for the next time
+            print(line, file=file, flush=True)
 
     def status(self, line: str) -> None:
         """A line that the next one replaces, on a terminal."""
         if self.live and time.perf_counter() - self.shown > 0.2:
             self.shown = time.perf_counter()
-            print(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            say(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="")
 
     def metric(self, event: str, **values) -> None:
         if self.text:
-            print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
+            self.write(self.metrics, json.dumps({"event": event, **values}))
 
     def proof(self, technique: str, values: Mapping[str, object] | None) -> None:
         if values:
@@ -799,9 +890,19 @@ class Run:
     def room(self) -> int:
         return self.hp.artifact_limit - self.code_bytes
 
-    def write(self, name: str, data: bytes) -> None:
-        if self.world.rank == 0:
-            write_atomically(self.folder / name, data)
+    def write(self, name: str, data: bytes, tries: int = 60) -> None:
+        """Rank 0's file, there whole or not at all; room on a full disk is waited for."""
+        path = self.folder / name
+        for left in reversed(range(tries * (self.world.rank == 0))):
+            try:
+                return write_atomically(path, data)
+            except OSError as error:
+                fault = f"{path} cannot be written: {error.strerror}"
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not left:
+                    raise UserError(fault) from None
+            if left == tries - 1:
+                self.log(f"{fault}; free {len(data)} bytes within {10 * left}s")
+            time.sleep(10)
 
     def record(self, found: Mapping) -> None:
         merge(self.result, found)
@@ -873,6 +974,7 @@ class ByteTable:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         ids = [*range(processor.get_piece_size())]
         pieces = processor.id_to_piece(ids)
+        self.processor = processor
         kinds = processor.is_control(ids), processor.is_unknown(ids), processor.is_unused(ids)
         self.boundary = np.any(kinds, axis=0)
         self.space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~self.boundary
@@ -929,32 +1031,37 @@ class TokenStream:
 
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model, checked against VOCAB_SIZE."""
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError):
-        raise UserError(f"{path} is missing, or no SentencePiece model; set TOKENIZER_PATH") from None
+    with reading(path, "set TOKENIZER_PATH to a SentencePiece model"):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
     if (pieces := processor.get_piece_size()) != vocab_size:
         raise UserError(f"{path} has {pieces} pieces, but VOCAB_SIZE={vocab_size}; set one or the other")
     return processor
 
 
-def check_byte_table(table: ByteTable, processor, tokens: Tensor, documents: int = 200) -> None:
-    """Compare its bytes with those of decoded validation documents, to one each (#1143, #1719)."""
-    sample = tokens[:1_000_000]
+def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> None:
+    """Decode some documents, to the table's bytes (#1143, #1719) and to text that encodes to their ids.
+
+    The bytes of a wrong tokenizer agree with each other, its ids do not.
+    """
+    sample, processor = tokens[:1_000_000], table.processor
     starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
     texts = [sample[start:end] for start, end in itertools.pairwise(starts)] or [sample[:8192]]
-    counted = sum(int(table.count(text[:-1], text[1:]).sum()) for text in texts)
-    decoded = sum(len(processor.decode(text[1:].tolist()).encode()) for text in texts)
-    if abs(counted - decoded) > len(texts) + 12 * (len(starts) < 2):  # a cut character decodes to U+FFFD
-        raise UserError(f"the byte table counts {counted} bytes, decoded documents have {decoded}; tokenizer "
-                        f"and shards do not belong together")
+    spare = 12 * (len(starts) < 2)  # a cut character decodes to U+FFFD
+    ids, counted = [text[1:].tolist() for text in texts], [table.count(t[:-1], t[1:]).sum() for t in texts]
+    decoded = [text.replace("\u2581", " ") for text in processor.decode(ids)]
+    charged, size = int(sum(counted)), len("".join(decoded).encode())
+    pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
+    total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
+    if abs(charged - size) > len(texts) + spare or total - same > 0.01 * total + spare:
+        raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and encoded,"
+                        f" {total - same} differ, and {charged} bytes are counted where there are {size}")
 
 
 @dataclass
 class Validation:
     """The validation split on the device, and the tokenizer's byte table."""
     tokens: Tensor       # (positions + 1,) int32, cut to a multiple of EVAL_SEQ_LEN positions
-    byte_counts: Tensor  # (positions,) uint8
+    byte_counts: Tensor  # (positions,) int32
     corpus: str
     table: ByteTable
 
@@ -970,12 +1077,16 @@ class Validation:
         positions = (len(whole) - 1) // hp.eval_seq_len * hp.eval_seq_len
         if not positions:
             raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
+        with reading(meta, "make the data again with data/prepare.py"):
+            known = parse_json(meta.read_bytes()) if meta.is_file() else {}
+            name, digest = known.get("tokenizer"), sha256(Path(hp.tokenizer_path).read_bytes())
+            if known.get("files", {}).get(name, {}).get("sha256", digest) != digest:
+                raise UserError(f"{hp.tokenizer_path} is not {name}, with which {hp.data_path} was made; set "
+                                f"TOKENIZER_PATH")
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
-        check_byte_table(table, processor, tokens)
-        counts = table.count(tokens[:-1], tokens[1:]).to(torch.uint8)  # pieces are short
-        known = json.loads(meta.read_text()) if meta.is_file() else {}
-        corpus = known.get("corpus") or Path(hp.data_path).name
-        return Validation(tokens.to(world.device), counts.to(world.device), corpus, table)
+        check_tokenizer(table, tokens)
+        counts, corpus = table.count(tokens[:-1], tokens[1:]), known.get("corpus") or Path(hp.data_path).name
+        return Validation(tokens.to(world.device), counts.to(world.device), str(corpus), table)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1745,15 +1856,20 @@ Progress = collections.namedtuple("Progress", "step total")  # done, and at the 
 
 
 def progress_at(hp: Hyperparameters, step: int, clock: Clock) -> Progress:
-    """By the clock where a run has one, else by its steps."""
-    by_clock = step * clock.limit / clock.at(step) if clock.at(step) else math.inf
-    return Progress(step, by_clock if hp.max_wallclock_seconds else hp.iterations)
+    """By the clock where that ends a run, else by its steps."""
+    by_clock = step * clock.limit / clock.at(step) if clock.limit and clock.at(step) else math.inf
+    return Progress(step, min(by_clock, hp.iterations))
+
+
+def warmdown_steps(hp: Hyperparameters, progress: Progress) -> float:
+    """WARMDOWN_ITERS, or the last 60 % of a run that is shorter: none starts below its full rate."""
+    return hp.warmdown_iters if hp.warmdown_iters <= progress.total else 0.6 * progress.total
 
 
 def lr_scale(hp: Hyperparameters, progress: Progress) -> float:
     """The learning rate's share, 1, and over the last steps to 0."""
-    left = max(progress.total - progress.step, 0)
-    return min(1.0, left / hp.warmdown_iters) if hp.warmdown_iters else 1.0
+    left, steps = max(progress.total - progress.step, 0), warmdown_steps(hp, progress)
+    return min(1.0, left / steps) if steps else 1.0
 
 
 def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
@@ -1785,13 +1901,17 @@ def clip_gradients(grads: Tensor, limit: float) -> None:
 # step adds.
 
 class EMA:
-    """Exponential moving average from the first step on, without bias correction."""
+    """Exponential moving average of what it was given, the first value divided out (arXiv:1412.6980, 3)."""
     def __init__(self, tensor: Tensor, decay: float):
-        self.average, self.share, self.count = tensor.detach().float().clone(), 1 - decay, 0
+        self.average, self.decay, self.count = tensor.detach().float().clone(), decay, 0
+
+    def share(self) -> float:
+        """Of the newest value."""
+        return (1 - self.decay) / (1 - self.decay ** self.count)
 
     def update(self, tensor: Tensor) -> None:
-        self.average.lerp_(tensor.detach().float(), self.share)
         self.count += 1
+        self.average.lerp_(tensor.detach().float(), self.share())
 
     def state_dict(self) -> dict:
         return {"average": self.average.cpu(), "count": self.count}
@@ -1804,11 +1924,10 @@ class EMA:
 class SWA(EMA):
     """Stochastic weight averaging, the mean of snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
     def __init__(self, tensor: Tensor):
-        super().__init__(torch.zeros_like(tensor), decay=0.0)
+        super().__init__(tensor, decay=1.0)
 
-    def update(self, tensor: Tensor) -> None:
-        self.share = 1 / (self.count + 1)
-        super().update(tensor)
+    def share(self) -> float:
+        return 1 / self.count
 
 
 # ------------------------------------------------------------------------------------------
@@ -2021,7 +2140,8 @@ MAGIC, FORMAT_VERSION = b"PGOLFGPT", 1
 LEVEL = 22  # of zstd, for what is not codes
 MARGIN = 0.9985  # share of the room that a forecast may fill
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
-MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 24, 1 << 31, 64
+MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
+MOST_DENSE = 1000  # weights per byte of a file; a model of zeros alone has fewer
 DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
@@ -2091,48 +2211,48 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
 
 
 def read_header(blob: bytes) -> tuple[dict, int]:
-    """The header of a file, and where it ends."""
-    _, _, small, size = PREFIX.unpack_from(blob)
+    """The header of a file, its claims checked before anything is decompressed, and where it ends."""
+    if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
+        raise UserError("not an artifact of this script, or a truncated one")
+    _, version, small, size = PREFIX.unpack_from(blob)
+    if version != FORMAT_VERSION:
+        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
+    require(sha256(blob[:-32]) == blob[-32:].hex(), "its checksum does not match its content")
     require(size <= MOST_HEADER_BYTES, "impossible header size")
-    end = PREFIX.size + small
-    return json.loads(zstd_content(blob[PREFIX.size: end], size)), end
-
-
-def _unpack_tensors(header: dict, payload: bytes) -> Tensors:
-    sizes, frames, tensors = header["sections"], io.BytesIO(payload), {}
-    require(sum(size for _, _, size in sizes) <= MOST_BYTES
-            and sum(packed for _, packed, _ in sizes) == len(payload), "impossible sections")
-    plain = {key: io.BytesIO(zstd_content(frames.read(packed), size)) for key, packed, size in sizes}
-    for name, kind, shape, section, max_code in header["tensors"]:
-        require(isinstance(name, str) and len(shape) <= MOST_DIMS and all(
-            type(n) is int and 0 <= n <= MOST_BYTES for n in (max_code, *shape)), "impossible name or shape")
-        tensors[name] = data = read_tensor(plain[section], DTYPES[kind], shape)
-        if kind == "codes":
-            require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
-            scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
-            require(torch.isfinite(scales).all(), "a scale is not finite")
-            codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
-            tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role)
-    require(len(tensors) == len(header["tensors"]) and len(plain) == len(sizes)
-            and not any(stream.read() for stream in plain.values()), "sections and tensors do not add up")
-    return tensors
+    end, claimed = PREFIX.size + small, collections.Counter()
+    with reading("damaged artifact: its header", "make it again"):
+        header = parse_json(zstd_content(blob[PREFIX.size: end], size))
+        sections, names = header["sections"], {name for name, *_ in header["tensors"]}
+        for name, kind, shape, section, max_code in header["tensors"]:
+            counts = max_code, *shape
+            require(isinstance(name, str) and len(shape) <= MOST_DIMS, "impossible name or shape")
+            require(all(type(n) is int and 0 <= n <= MOST_BYTES for n in counts), "impossible shape")
+            claimed[section] += math.prod(shape) * DTYPES[kind].itemsize
+            claimed["scales"] += 2 * math.prod(shape[:-1]) * (kind == "codes")
+        require(type(header["config"]) is dict and len(names) == len(header["tensors"]), "impossible names")
+        require(+claimed == +collections.Counter({key: size for key, _, size in sections})
+                and claimed.total() <= MOST_BYTES and len({key for key, *_ in sections}) == len(sections)
+                and all(type(packed) is int and packed > 0 for _, packed, _ in sections)
+                and sum(packed for _, packed, _ in sections) == len(blob) - 32 - end, "impossible sections")
+    return header, end
 
 
 def unpack(blob: bytes) -> tuple[dict, Tensors]:
     """What `pack` was given; executes nothing. ValueError on damage or an impossible claim."""
-    if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
-        raise UserError("not an artifact of this script, or a truncated one")
-    if (version := PREFIX.unpack_from(blob)[1]) != FORMAT_VERSION:
-        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}")
-    require(hashlib.sha256(blob[:-32]).digest() == blob[-32:], "its checksum does not match its content")
-    try:
-        header, end = read_header(blob)
-        require(isinstance(header["config"], dict), "its config is not a mapping")
-        return header["config"], _unpack_tensors(header, blob[end:-32])
-    except UserError:
-        raise
-    except Exception as error:  # a forgery may run into anything
-        raise UserError(f"damaged artifact: {type(error).__name__} where it was read") from None
+    header, end = read_header(blob)
+    frames, tensors = io.BytesIO(blob[end:-32]), {}
+    with reading("damaged artifact: its content", "make it again"):
+        plain = {key: io.BytesIO(zstd_content(frames.read(packed), size))
+                 for key, packed, size in header["sections"]}
+        for name, kind, shape, section, max_code in header["tensors"]:
+            tensors[name] = data = read_tensor(plain[section], DTYPES[kind], shape)
+            if kind == "codes":
+                require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
+                scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
+                require(torch.isfinite(scales).all(), "a scale is not finite")
+                codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
+                tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role)
+    return header["config"], tensors
 
 
 def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
@@ -2207,29 +2327,48 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
     return best, report
 
 
-def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, dict]:
-    """The model from the file alone, techniques that it lacks off, and the file's facts."""
-    (config, tensors), fields = unpack(blob), hp.fields("model")
-    try:
-        settings = {name: f.metadata["off"] for name, f in fields.items()} | config["model"]
-        if unknown := settings.keys() - fields.keys():
-            raise TypeError(f"this script does not know its settings {', '.join(sorted(unknown))}")
+def artifact_settings(header: dict, hp: Hyperparameters) -> Hyperparameters:
+    """hp with the model of a file, techniques that the file does not name off."""
+    fields, given = hp.fields("model"), header["config"].get("model")
+    with reading("the artifact's model", "it is none of this script"):
+        settings = {name: f.metadata["off"] for name, f in fields.items()} | given
         settings = {name: tuple(value) if type(value) is list else value for name, value in settings.items()}
-        for name, value in settings.items():
-            if type(value) is not type(getattr(hp, name)):
-                raise TypeError(f"{name} is missing or of the wrong type")
-        hp = dataclasses.replace(hp, **settings)
-        if hp.num_layers > len(tensors):
-            raise TypeError("num_layers is far too large")
-        if wrong := problems(hp):
-            raise UserError(f"the artifact's settings do not fit this run: {wrong[0]}")
-        with torch.device("meta"):
-            model = GPT(hp)
-        weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float()
-                   for name, t in tensors.items()}
-        model.load_state_dict(weights, strict=True, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the artifact is no model of this script: {str(error).splitlines()[0]}") from None
+        wrong = [f"it does not know {brief(name)}" for name in settings.keys() - fields.keys()]
+        wrong += [f"{name} is missing or of the wrong type" for name, f in fields.items()
+                  if type(settings[name]) is not type(f.default) or type(f.default) is tuple
+                  and any(type(part) is not int for part in settings[name])]
+        hp = hp if wrong else dataclasses.replace(hp, **settings)
+    if wrong := wrong or problems(hp):
+        raise UserError(f"the artifact's settings do not fit this script: {wrong[0]}")
+    return hp
+
+
+def settings_for(blob: bytes, env: Mapping[str, str]) -> Hyperparameters:
+    """Settings that score a file: its model, its preset where PRESET is not set, and the environment's."""
+    header, _ = read_header(blob)
+    facts = header["config"].get("facts", {})
+    with reading("the artifact's preset", "set PRESET"):
+        known = {"PRESET": facts.get("preset")} if facts.get("preset") in PRESETS else {}
+    return artifact_settings(header, Hyperparameters.from_env(known | dict(env)))
+
+
+def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, dict]:
+    """The model from the file alone, and the file's facts; nothing is taken that the model does not need."""
+    header, _ = read_header(blob)
+    hp, claimed = artifact_settings(header, hp), {name: shape for name, _, shape, *_ in header["tensors"]}
+    require(sum(map(math.prod, claimed.values())) <= MOST_DENSE * len(blob), "it claims too much")
+    require(hp.num_layers < len(claimed), "it has more layers than tensors")
+    with torch.device("meta"):
+        model = GPT(hp)
+    needed = {name: [*p.shape] for name, p in model.state_dict().items()}
+    require(claimed == needed, "its tensors are not those of its settings")
+    config, tensors = unpack(blob)
+    scales = [t.scales for t in tensors.values() if isinstance(t, QuantizedTensor)]
+    weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float()
+               for name, t in tensors.items()}
+    require(all(scale.ge(0).all() for scale in scales) and all(w.isfinite().all() for w in weights.values()),
+            "a weight is not finite, or a scale negative")
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.to(world.device), config.get("facts", {})
 
 
@@ -2239,7 +2378,20 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
 # vector, so all ranks read the same numbers, a step late on CUDA, and take the same decisions.
 
 class Interrupted(Exception):
-    """SIGTERM came; a checkpoint is written."""
+    """A stop signal came; what was finished is kept."""
+
+
+@contextlib.contextmanager
+def on_stop(react: Callable[[str], None]) -> Iterator[None]:
+    """Have SIGTERM, SIGINT and SIGHUP call react(name); one that is ignored (nohup) stays so."""
+    before, numbers = {}, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN):
+        before[number] = signal.signal(number, lambda number, _: react(signal.Signals(number).name))
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 class Stepper:
@@ -2349,26 +2501,28 @@ class Checkpoint:
     def __str__(self) -> str:
         return f"the last checkpoint is of step {self.step}" if self.step else "there is no checkpoint"
 
-    def save(self, step: int) -> None:
-        """Write it, unless weights are not finite: the next loss ends the run."""
+    def save(self, step: int, tries: int = 1) -> None:
+        """Write it, unless weights are not finite: the next loss ends the run. A full disk does not."""
         if torch.isfinite(self.parts["stepper"].flat.weights).all():
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            self.run.write("checkpoint.pt", saved(state | {"settings": self.settings, "step": step}))
-            self.step = step
+            state |= {"settings": self.settings, "step": step}
+            try:
+                self.run.write("checkpoint.pt", saved(state), tries)
+                self.step, line = step, f"checkpoint step:{step}"
+            except UserError as error:
+                line = f"no checkpoint of step {step}: {error}"
             self.run.world.barrier()  # no rank may end the others before the file is whole
-            self.run.log(f"checkpoint step:{step}")
+            self.run.log(line)
 
     def load(self) -> int:
         path = self.run.folder / "checkpoint.pt"
-        try:
+        with reading(path, "start under another RUN_ID"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             kept, self.step, *parts = (state[name] for name in ("settings", "step", *self.parts))
-        except Exception as error:  # torch raises several kinds on a damaged file
-            raise UserError(f"{path} is damaged ({type(error).__name__}); use another RUN_ID") from None
-        if differ := [name.upper() for name, value in self.settings.items() if kept.get(name) != value]:
-            raise UserError(f"{path} was made with other settings: {', '.join(differ)}; resume with the same")
-        for part, own in zip(self.parts.values(), parts):
-            part.load_state_dict(own)
+            if differ := [name.upper() for name, value in self.settings.items() if kept.get(name) != value]:
+                raise UserError(f"{path} was made with other {', '.join(differ)}; resume with the same")
+            for part, own in zip(self.parts.values(), parts):
+                part.load_state_dict(own)
         return self.step
 
 
@@ -2439,7 +2593,7 @@ Trained = collections.namedtuple("Trained", "weights found")  # the average, and
 
 
 def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train the model and export its average. Raises Interrupted after SIGTERM."""
+    """Train the model and export its average. Raises Interrupted after a stop signal."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
@@ -2457,7 +2611,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     reserve = measure_reserve(run, model, stream)
     # 2. the state of a new run, or that of its checkpoint
     clock = Clock(max(hp.max_wallclock_seconds - reserve, 0.0))
-    ema, swa, step = EMA(flat.weights, hp.ema_decay), SWA(flat.weights), 0
+    ema, swa, step, scale = EMA(flat.weights, hp.ema_decay), SWA(flat.weights), 0, 1.0
     matters = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
     matters |= {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
     checkpoint = Checkpoint(run, matters, dict(stepper=stepper, ema=ema, swa=swa, clock=clock))
@@ -2466,8 +2620,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
     step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
-    stop_requested, remedy = threading.Event(), "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
+    stops, watch, remedy = [], contextlib.ExitStack(), "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+    watch.enter_context(on_stop(stops.append))
 
     def follow(lag) -> None:
         for done, scale, loss in telemetry.read(lag):
@@ -2487,7 +2641,10 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             break
         # 4. validation, the step, the averages
         progress = progress_at(hp, step, clock)
-        scale = lr_scale(hp, progress)
+        before, scale = scale, lr_scale(hp, progress)
+        if scale < 1 == before:
+            log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
+                f"asked:{hp.warmdown_iters}")
         if hp.val_loss_every and step and step % hp.val_loss_every == 0:
             world.synchronize()
             clock.stop()
@@ -2498,7 +2655,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             clock.start()
         if qat_active(hp, scale) and not qat.on:
             begin_qat(run, model, stepper, step, scale)
-        stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, stop_requested.is_set())
+        stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))
         ema.update(flat.weights)
         if scale < hp.swa_threshold and (step + 1) % hp.swa_every == 0:
             swa.update(flat.weights)
@@ -2509,11 +2666,11 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     clock.stop()
     if not torch.isfinite(flat.weights).all():
         raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
-    if world.max(float(stop_requested.is_set())):  # also one that came in the last step
-        checkpoint.save(step)
-        raise Interrupted(f"stopped by SIGTERM after step {step}; {checkpoint}; "
+    if world.max(float(len(stops))):  # also one that came in the last step
+        checkpoint.save(step, tries=60)
+        raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; {checkpoint}; "
                           f"RUN_ID={run.folder.name} RESUME=1 goes on")
-    signal.signal(signal.SIGTERM, previous_handler)
+    watch.close()
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
     run.training.add("train", seconds)
@@ -2617,7 +2774,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
 
     Changes the model. Training stops in time for `seconds`; the other arguments are those of `evaluate`.
     """
-    hp, positions, size = model.hp, len(tokens) - 1, model.hp.ttt_chunk_tokens
+    start, hp, positions, size = time.perf_counter(), model.hp, len(tokens) - 1, model.hp.ttt_chunk_tokens
     windows, chunks = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride), -(-positions // size)
     of_first_scored = lambda window: window[2] // size
     parts = {chunk: list(part) for chunk, part in itertools.groupby(windows, of_first_scored)}
@@ -2626,14 +2783,15 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
     log(f"ttt chunks:{chunks}x{size} windows:{len(windows)} params:{trainer.trained} "
         f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
         f"batch:{hp.ttt_batch_seqs}x{hp.eval_seq_len}")
-    progress, start = ProgressLine(log, "ttt", positions), time.perf_counter()
-    total, untrained_from = Score(), None
-    scoring, training = [], []  # seconds of each chunk; the first compiles, and forecasts nothing
+    progress, total, untrained_from = ProgressLine(log, "ttt", positions), Score(), None
+    scoring, training = [], []  # windows and seconds; seconds. What compiles, the first, forecasts nothing
     for chunk in range(chunks):
-        began = time.perf_counter()
-        total += evaluate(model, tokens, byte_counts, parts.get(chunk, []), world, batch_tokens,
-                          hp.ttt_temperature, score_fn, nll)
-        scoring.append(time.perf_counter() - began)
+        part = parts.get(chunk, [])
+        for some in (part[:len(part) // 4], part[len(part) // 4:]) if chunk == 0 else (part,):
+            began = time.perf_counter()
+            total += evaluate(model, tokens, byte_counts, some, world, batch_tokens, hp.ttt_temperature,
+                              score_fn, nll)
+            scoring.append((len(some), time.perf_counter() - began))
         end = min((chunk + 1) * size, positions)
         if progress.due():
             progress(end, total.val_bpb, f" steps:{trainer.steps}")
@@ -2641,8 +2799,12 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
         log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=elapsed)
         if chunk + 1 == chunks:
             break
-        per_chunk, one_more = (float(np.median(each[1:] or [0.0])) for each in (scoring, training))
-        finish = world.max(elapsed + 1.05 * per_chunk * (chunks - chunk - 1) + one_more)
+        done, seconds_of_them = map(sum, zip(*scoring[1:]))
+        per_window = seconds_of_them / max(done, 1)
+        # a pass over a chunk computes as long as three times its sequences do in scoring
+        one_more = max(training, default=3 * hp.ttt_epochs * size / hp.eval_seq_len * per_window)
+        ahead = (len(windows) - done - scoring[0][0]) * per_window + one_more
+        finish = world.max(elapsed + 1.1 * ahead)
         if untrained_from is None and finish > seconds:
             untrained_from = chunk
             log(f"ttt training stops after chunk {chunk} of {chunks}, to end before {seconds:.0f}s")
@@ -2655,7 +2817,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
     return total, {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
                    "weight_change": trainer.change(), "parameters": trainer.trained,
-                   "score_seconds": sum(scoring), "train_seconds": sum(training)}
+                   "score_seconds": sum(taken for _, taken in scoring), "train_seconds": sum(training)}
 
 
 # ------------------------------------------------------------------------------------------
@@ -2665,9 +2827,9 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
 
 def record_score(run: Run, name: str, found: Score) -> None:
     """A score into log, metrics and result.json."""
-    run.log(f"final_{name} {found}")
-    run.log.metric("score", name=name, loss=found.val_loss, bpb=found.val_bpb)
     run.record({"bpb": {name: found.val_bpb}, "val_loss": {name: found.val_loss}})
+    run.log.metric("score", name=name, loss=found.val_loss, bpb=found.val_bpb)
+    run.log(f"final_{name} {found}")
 
 
 def train_stage(run: Run, validation: Validation) -> Trained:
@@ -2695,11 +2857,12 @@ def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
     hp, world, log = run.hp, run.world, run.log
     with torch.device("meta"):
         model = GPT(hp)
-    try:
+    with reading(run.folder / "model.pt", "set what it trained with, or train again"):
         weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
+        weights = {name: weight.float() for name, weight in weights.items()}
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("a weight is not finite")
         model.load_state_dict(weights, assign=True)
-    except Exception as error:  # torch.load has many kinds
-        raise UserError(f"model.pt: {type(error).__name__}; set what it trained with, or retrain") from None
     model.to(world.device).use(choose_attention(hp, world)[1])
     with run.training.phase("calibrate"):
         stream = TokenStream(read_split(hp.data_path, "train"))
@@ -2720,7 +2883,7 @@ def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
     return Packed(blob, {"proofs": {"quantizer": report}, "artifact": {
         "model_bytes": len(blob), "code_bytes": run.code_bytes, "total_bytes": len(blob) + run.code_bytes,
         "limit": hp.artifact_limit, "codec": f"zstd-{LEVEL}", "sections": sections,
-        "sha256": hashlib.sha256(blob).hexdigest()}})
+        "sha256": sha256(blob)}})
 
 
 def score(run: Run, blob: bytes, validation: Validation) -> Scored:
@@ -2744,33 +2907,43 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     return Scored(scores, proofs)
 
 
-def open_run(hp: Hyperparameters, world: World) -> Path:
+def check_memory(hp: Hyperparameters, world: World) -> None:
+    """UserError where a training step would need more than the device has, by what it certainly takes."""
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(hp).parameters())
+    tokens = 16 * (hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len)
+    needed = 24 * params + hp.train_seq_len * activation_bytes(hp, world, compiling=True) + tokens
+    if needed > (there := world.memory()):
+        raise UserError(f"a step needs {needed / 1e9:.0f} GB, {world.device} has {there / 1e9:.0f}; lower "
+                        f"MODEL_DIM, NUM_LAYERS, BIGRAM_VOCAB_SIZE, TRAIN_SEQ_LEN or TRAIN_BATCH_TOKENS")
+
+
+def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
     """The run's folder, the same on every rank, with all that its stages read."""
     stamp = world.broadcast_(torch.tensor(time.time(), dtype=torch.float64, device=world.device)).item()
     when = datetime.fromtimestamp(stamp).strftime("%Y%m%d-%H%M%S")
     folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when}")
-    taken, stages = world.max(float((folder / "log.txt").exists())), hp.stages.split(",")
-    if "train" in stages and taken and not hp.resume:
-        raise UserError(f"{folder} exists; choose another RUN_ID, or continue it with RESUME=1")
-    if hp.resume and not taken:
-        raise UserError(f"RESUME=1, but there is no run in {folder}; set RUN_ID to the run to continue")
-    artifact, alone = Path(hp.artifact or folder / "artifact.bin"), stages == ["evaluate"]
-    for path, needed, remedy in (
-            (folder / "checkpoint.pt", hp.resume and "train" in stages, "start under another RUN_ID"),
-            (folder / "model.pt", "quantize" in stages and "train" not in stages, "run STAGES=train first"),
-            (artifact, alone, "run STAGES=train,quantize first, or set ARTIFACT")):
-        if needed and not path.is_file():
-            raise UserError(f"{path} is missing; {remedy}")
-    if alone:
-        unpack(artifact.read_bytes())
-    else:
-        check_ids(read_split(hp.data_path, "train"), hp.vocab_size, world)
+    taken, kept = (world.max(float((folder / name).exists())) for name in ("log.txt", "checkpoint.pt"))
+    going_on = "continue it with RESUME=1, or " * bool(kept)
+    if "train" in hp.stages and taken and not hp.resume:
+        raise UserError(f"{folder} exists; {going_on}choose another RUN_ID")
+    if hp.resume and not kept:
+        raise UserError(f"RESUME=1 finds no {folder}/checkpoint.pt; set RUN_ID to a run that left one, or unset "
+                        f"RESUME")
+    if hp.stages.startswith("quantize") and not (folder / "model.pt").is_file():
+        raise UserError(f"{folder}/model.pt is missing; {going_on}train under another RUN_ID")
+    if hp.stages != "evaluate":
+        shards = read_split(hp.data_path, "train")
+        check_ids(shards, hp.vocab_size, world)
+        check_tokenizer(table, torch.from_numpy(shards[0][:1_000_000].astype(np.int32)))
+        check_memory(hp, world)
     return folder
 
 
 def begin_run(hp: Hyperparameters, world: World, validation: Validation, cautions: list[str]) -> Run:
     """Folder, log and ledgers; the log begins with all that repeats the run."""
-    source, stages, folder = Path(__file__).read_bytes(), hp.stages.split(","), open_run(hp, world)
+    source, stages = Path(__file__).read_bytes(), hp.stages.split(",")
+    folder = open_run(hp, world, validation.table)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
     log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}")
@@ -2778,20 +2951,26 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
         log(line)
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} "
         f"val_bytes:{validation.bytes}")
-    path, empty = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
-    known = json.loads(path.read_text()) if path.is_file() else empty
+    path, known = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
+    with reading(path, "delete it, or choose another RUN_ID"):
+        kinds, sizes = [*known], ("model_bytes", "code_bytes", "total_bytes", "limit")
+        known |= parse_json(path.read_bytes()) if path.is_file() else {}
+        earlier = known["budget"].get("training", {}).get("counted", {})
+        earlier = {name: float(seconds) for name, seconds in earlier.items()}
+        if not all(type(known[name]) is dict for name in kinds) or [
+                name for name in sizes if "artifact" in known and type(known["artifact"][name]) is not int]:
+            raise TypeError
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
                 "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
               Budget("evaluation", world, hp.eval_seconds), settings | known | {
-        "script_sha256": hashlib.sha256(source).hexdigest(), "corpus": validation.corpus,
+        "script_sha256": sha256(source), "corpus": validation.corpus,
         "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size})
     if "evaluate" in stages:
         run.result["scored_with"] = settings
     if "train" in stages:
         run.result |= settings
     else:  # one clock over stages that run one at a time
-        earlier = known["budget"].get("training", {}).get("counted", {})
         again = ("calibrate", "quantise and pack") if "quantize" in stages else ()
         run.training.counted = {name: seconds for name, seconds in earlier.items() if name not in again}
     return run
@@ -2813,7 +2992,7 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     if "evaluate" in stages:
         blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
         scored = score(run, blob, validation)
-        run.record({"proofs": scored.proofs, "scored_artifact_sha256": hashlib.sha256(blob).hexdigest(),
+        run.record({"proofs": scored.proofs, "scored_artifact_sha256": sha256(blob),
                     "val_tokens": len(validation.byte_counts), "val_bytes": validation.bytes})
     for budget in (run.training, run.evaluation):
         if budget.counted:
@@ -2825,30 +3004,58 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     run.log(f"files:{run.folder}")
 
 
+def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[str, str]]:
+    """Settings, and what all ranks must have alike: these or what is wrong with them, script, and data.
+
+    Where a file is only scored, its own settings come before the preset's.
+    """
+    try:
+        hp = Hyperparameters.from_env(env)
+        artifact = Path(hp.artifact or Path("logs") / hp.run_id / "artifact.bin")
+        if hp.stages == "evaluate":
+            with reading(artifact, "run STAGES=train,quantize first, or set ARTIFACT or RUN_ID"):
+                hp = settings_for(artifact.read_bytes(), env)
+    except UserError as error:
+        return None, {"error": str(error)}
+    files = [Path(hp.tokenizer_path), artifact, *Path(hp.data_path).glob("*.bin")]
+    sizes = [file.stat().st_size for file in files if file.is_file()]
+    facts = {"error": ""} | {name.upper(): str(value) for name, value in vars(hp).items()}
+    facts |= {"script": sha256(Path(__file__).read_bytes()), "data": f"{len(sizes)} files, {sum(sizes)}B"}
+    return hp, facts
+
+
+def interrupt(name: str) -> None:
+    raise Interrupted(f"stopped by {name}; what was finished is kept, and STAGES goes on with the rest")
+
+
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
+    world, status, env = None, 0, os.environ
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] in (["--help"], ["-h"]):
-        print(f"{__doc__}\n{settings_table()}")
+        say(f"{__doc__}\n{settings_table()}")
         return 0
-    world, status = None, 0
     try:
         if len(sys.argv) > 1:
             raise UserError("settings are environment variables; try --help")
-        hp = Hyperparameters.from_env(os.environ)
-        cautions = doubtful_names(os.environ, hp.fields())[1]
-        ignored = sorted(set(IGNORED_NAMES) & set(os.environ))
-        world = World(hp, os.environ)
-        run_stages(hp, world, [*cautions, *[f"ignored:{','.join(ignored)}"] * bool(ignored)])
+        with on_stop(interrupt):
+            hp, facts = settings_of(env)
+            store = meet(env, facts)
+            cautions = doubtful_names(env, hp.fields())[1]
+            ignored = sorted(set(IGNORED_NAMES) & set(env))
+            world = World(hp, env, store)
+            run_stages(hp, world, [*cautions, *[f"ignored:{','.join(ignored)}"] * bool(ignored)])
     except (UserError, OSError) as error:
         status = 1
-        if world is not None or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if world is not None or env.get("RANK") not in map(str, range(1, 10 ** 6)):
+            say(f"error: {error}", "stderr")
     except Interrupted as stop:
         status = 143
-        print(stop, file=sys.stderr, flush=True)
+        say(str(stop), "stderr")
     except Exception:
         status = 1
-        traceback.print_exc()
+        say(traceback.format_exc(), "stderr")
     if dist.is_initialized():
         if status:  # other ranks may wait in a collective, and leaving the group would wait for them
             os._exit(status)

@@ -276,25 +276,23 @@ def reference_muon_step(
 
 
 def reference_lr_scale(step, elapsed_seconds, iterations, warmdown_iters, max_wallclock_seconds):
-    """Linear decay to zero over the last warmdown_iters steps, counted in time when a wall clock is set."""
-    if max_wallclock_seconds > 0:
-        if step == 0:
-            return 1.0
-        warmdown_seconds = warmdown_iters * (elapsed_seconds / step)
-        remaining = max(max_wallclock_seconds - elapsed_seconds, 0.0)
-        return remaining / warmdown_seconds if remaining <= warmdown_seconds else 1.0
-    if step <= iterations - warmdown_iters:
-        return 1.0
-    return max(iterations - step, 0) / warmdown_iters
+    """Linear decay to zero over the last warmdown_iters steps before clock or steps end the run.
+
+    Where that would be more than the whole run, over the last 60 % of it.
+    """
+    total = iterations
+    if max_wallclock_seconds > 0 and elapsed_seconds > 0:
+        total = min(total, max_wallclock_seconds / (elapsed_seconds / step))
+    if warmdown_iters > total:
+        warmdown_iters = 0.6 * total
+    return min(1.0, max(total - step, 0) / warmdown_iters)
 
 
 def reference_ema(values, decay):
-    """Weighted sum: values[0] is the start, each later value enters with weight (1 - decay) and fades."""
-    last = len(values) - 1
-    total = decay**last * np.asarray(values[0], dtype=np.float64)
-    for i in range(1, last + 1):
-        total = total + (1 - decay) * decay ** (last - i) * np.asarray(values[i], dtype=np.float64)
-    return total
+    """Mean of the values after values[0], the start, each with a weight that fades by decay a step."""
+    weights = [decay ** (len(values) - 1 - i) for i in range(1, len(values))]
+    total = sum(w * np.asarray(value, dtype=np.float64) for w, value in zip(weights, values[1:]))
+    return total / sum(weights)
 
 
 def reference_swa(values):

@@ -13,7 +13,7 @@ def walk(count=60, dtype=torch.float32):
     return list(torch.randn(count + 1, 5, 3, generator=generator).cumsum(dim=0).to(dtype))
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.997, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.997, 0.9999])
 def test_ema_equals_its_closed_form(decay):
     values = walk()
     ema = tg.EMA(values[0], decay)
@@ -23,23 +23,34 @@ def test_ema_equals_its_closed_form(decay):
         torch.testing.assert_close(ema.average.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_ema_starts_at_the_weights_and_has_no_bias_correction():
+def test_nothing_of_the_start_is_left_after_one_step():
+    """With decay 0.997 and the start as a first value 84 % of it would be left after 60 steps, 16 % after 600."""
     ema = tg.EMA(torch.full((4,), 10.0), 0.997)
     assert ema.average.tolist() == [10.0] * 4
-    for _ in range(3):
-        ema.update(torch.zeros(4))
-    torch.testing.assert_close(ema.average, torch.full((4,), 10 * 0.997**3))
+    ema.update(torch.zeros(4))
+    assert ema.average.tolist() == [0.0] * 4
+
+
+def test_a_long_average_is_what_it_would_be_with_the_start():
+    """After 6,000 updates with #606's decay the start weighs 1.5e-8."""
+    values = torch.randn(6001, 4, generator=torch.Generator().manual_seed(1)).double().numpy()
+    ema, plain = tg.EMA(torch.from_numpy(values[0]), 0.997), values[0]
+    for value in values[1:]:
+        ema.update(torch.from_numpy(value))
+        plain = 0.997 * plain + (1 - 0.997) * value
+    torch.testing.assert_close(ema.average.double(), torch.from_numpy(plain), rtol=0, atol=1e-6)
 
 
 def test_ema_moves_by_less_than_bfloat16_can_hold():
     """1e-3 of a small difference disappears in bfloat16; the average of bfloat16 weights is float32."""
-    ema = tg.EMA(torch.ones(8, dtype=torch.bfloat16), 0.999)
+    low, high = (torch.full((8,), value, dtype=torch.bfloat16) for value in (1.0, 1.0078125))
+    ema = tg.EMA(low, 0.999)
+    ema.update(low)
     for _ in range(100):
-        ema.update(torch.full((8,), 1.0078125, dtype=torch.bfloat16))
+        ema.update(high)
     assert ema.average.dtype == torch.float32
-    torch.testing.assert_close(
-        ema.average, torch.full((8,), 1 + 0.0078125 * (1 - 0.999**100)), rtol=1e-6, atol=0
-    )
+    share = (1 - 0.999**100) / (1 - 0.999**101)
+    torch.testing.assert_close(ema.average, torch.full((8,), 1 + 0.0078125 * share), rtol=1e-6, atol=0)
 
 
 def test_averages_are_copies():
@@ -53,7 +64,8 @@ def test_averages_are_copies():
     ema.update(weight)
     swa.update(weight)
     assert weight.tolist() == [100.0] * 4
-    assert ema.average.tolist() == swa.average.tolist() == [50.5] * 4
+    assert swa.average.tolist() == [50.5] * 4
+    torch.testing.assert_close(ema.average, torch.full((4,), 67.0))  # (1 / 4 + 100 / 2) / (1 / 4 + 1 / 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 14, 60])

@@ -340,7 +340,8 @@ def test_warmdown_by_the_wall_clock():
     hp = settings()
     step_seconds = 0.09736
     assert scale_at(hp, 0, 0.0) == 1.0
-    assert scale_at(hp, 1, 50.0) == pytest.approx(550 / (3500 * 50))
+    assert scale_at(hp, 1, 50.0) == 1.0  # twelve steps at this pace: the warmdown is the last 7.2 of them
+    assert scale_at(hp, 10, 500.0) == pytest.approx(2 / 7.2)
     begins = (600 - 3500 * step_seconds) / step_seconds
     assert 2600 < begins < 2700
     assert scale_at(hp, math.floor(begins), math.floor(begins) * step_seconds) == 1.0
@@ -393,6 +394,25 @@ def test_lr_scale_equals_the_formula(wallclock):
         scales.append(scale_at(hp, step, elapsed))
         assert scales[-1] == pytest.approx(reference_lr_scale(step, elapsed, 900, 400, wallclock))
     assert max(scales) == 1.0 and (wallclock == 600 or min(scales) < 0.1)
+
+
+@pytest.mark.parametrize("env", [
+    {"PRESET": "smoke", "ITERATIONS": "30"}, {"PRESET": "pr606", "MAX_WALLCLOCK_SECONDS": "60"},
+    {"PRESET": "pr606", "ITERATIONS": "30"}, {"PRESET": "pr601", "ITERATIONS": "3499"}])  # fmt: skip
+def test_a_short_run_starts_at_its_full_rate_and_ends_at_none(env):
+    """ITERATIONS=30 alone started smoke at a rate of 0.05, and a minute of pr606 at 0.17, QAT from the start."""
+    hp = tg.Hyperparameters.from_env(env)
+    pace = 0.098  # seconds a step: a minute is 612 steps
+    total = min(hp.iterations, round((hp.max_wallclock_seconds or 1e9) / pace))
+    scales = [scale_at(hp, step, step * pace) for step in range(total + 1)]
+    assert scales[: round(0.39 * total)] == [1.0] * round(0.39 * total) and scales[-1] == pytest.approx(0, abs=0.01)
+    assert scales[round(0.7 * total)] == pytest.approx(0.5, abs=0.05)
+    assert not tg.qat_active(hp, scales[0]) and tg.qat_active(hp, scales[-1])
+
+
+def test_a_run_as_long_as_its_warmdown_is_left_alone():
+    hp = settings(max_wallclock_seconds=0, iterations=3500)
+    assert [scale_at(hp, step, 0.0) for step in (0, 1750)] == [1.0, 0.5]
 
 
 def test_no_warmdown():

@@ -544,17 +544,17 @@ def test_the_temperature_is_used():
 
 
 class Timed:
-    """A clock that stands but for this: scoring chunk c takes seconds(c), training on one a second."""
+    """A clock that stands but for this: a window takes some seconds, the first more, a chunk's training 1."""
 
-    def __init__(self, monkeypatch, seconds):
-        self.now, self.chunks, self.seconds = 0.0, itertools.count(), seconds
+    def __init__(self, monkeypatch, window, compiling=0.0):
+        self.now, evaluate = 0.0, tg.evaluate
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
-    def world(self, hp):
-        """A World whose sum, of which scoring makes one for each chunk, takes the time."""
-        world = tg.World(hp, {})
-        world.sum_ = lambda tensor: (self.pass_by(self.seconds(next(self.chunks))), tensor)[1]
-        return world
+        def timed(model, tokens, counts, windows, *rest):
+            self.pass_by(window * len(windows) + compiling * (self.now == 0))
+            return evaluate(model, tokens, counts, windows, *rest)
+
+        monkeypatch.setattr(tg, "evaluate", timed)
 
     def pass_by(self, seconds):
         self.now += seconds
@@ -562,7 +562,7 @@ class Timed:
     def run(self, hp, **options):
         model = a_model(hp)
         trainer = Watched(model, lambda *_: self.pass_by(1.0))
-        return run_ttt(hp, some_text(), model, self.world(hp), trainer=trainer, **options)
+        return run_ttt(hp, some_text(), model, tg.World(hp, {}), trainer=trainer, **options)
 
 
 def test_a_short_clock_stops_the_training_and_not_the_scoring(tmp_path):
@@ -577,31 +577,40 @@ def test_a_short_clock_stops_the_training_and_not_the_scoring(tmp_path):
 
 
 def test_the_clock_is_forecast_from_what_chunks_took(monkeypatch):
-    """Ten seconds, one per chunk for scoring and one for training: six chunks need eleven, so one is not,
-    and that is said before the clock has run out."""
-    clock = Timed(monkeypatch, lambda chunk: 1.0)
-    _, nll, proof = clock.run(settings(), seconds=10.0)
+    """41 windows and five trainings need 10.125 seconds: with 9.5 one or two chunks are not trained on, and
+    that is said before the clock has run out."""
+    clock = Timed(monkeypatch, 0.125)
+    _, nll, proof = clock.run(settings(), seconds=9.5)
     assert torch.isfinite(nll).all()
     assert proof["untrained_from_chunk"] in (3, 4)  # the forecast keeps a margin
-    assert clock.now <= 10.0
-    assert (proof["score_seconds"], proof["train_seconds"]) == (6.0, proof["untrained_from_chunk"])
+    assert clock.now <= 9.5
+    assert (proof["score_seconds"], proof["train_seconds"]) == (41 / 8, proof["untrained_from_chunk"])
+
+
+@pytest.mark.parametrize("seconds", [5.0, 5.2, 6.0, 7.0, 8.0])
+def test_a_clock_with_hardly_room_for_the_scores_is_not_exceeded(monkeypatch, seconds):
+    """Scoring takes 5.125 seconds whatever happens, and the first training is forecast before it was seen."""
+    clock = Timed(monkeypatch, 0.125)
+    _, _, proof = clock.run(settings(), seconds=seconds)
+    assert proof["score_seconds"] == 41 / 8 and clock.now <= max(seconds, 41 / 8)
+    assert (proof["steps"] > 0) == (seconds >= 8.0)
 
 
 def test_a_slow_first_chunk_forecasts_nothing(monkeypatch):
     """A compiled scorer takes 100 seconds there and one later: 110 seconds are enough to train on all."""
-    clock = Timed(monkeypatch, lambda chunk: 100.0 if chunk == 0 else 1.0)
-    _, _, proof = clock.run(settings(), seconds=112.0)
-    assert proof["untrained_from_chunk"] is None and clock.now == 110.0
+    clock = Timed(monkeypatch, 0.125, compiling=100.0)
+    _, _, proof = clock.run(settings(), seconds=111.0)
+    assert proof["untrained_from_chunk"] is None and clock.now == 110.125
 
 
 def test_progress_of_ttt(monkeypatch, tmp_path):
-    """20 seconds a chunk: a line for every one but the last, with the score so far and the steps taken."""
-    clock = Timed(monkeypatch, lambda chunk: 20.0)
+    """4 seconds a window: a line for every chunk but the last, with the score so far and the steps taken."""
+    clock = Timed(monkeypatch, 4.0)
     _, nll, _ = clock.run(settings(), log=tg.RunLog(tmp_path))
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "positions:" in line]
     expected = []
     for chunk in range(5):
-        done, seconds = (chunk + 1) * SIZE, 20 * (chunk + 1) + chunk
+        done, seconds = (chunk + 1) * SIZE, 4 * (5 + 8 * chunk) + chunk
         bpb = float(nll[:done].double().sum()) / math.log(2) / int(byte_counts(some_text())[:done].sum())
         expected.append(
             f"ttt positions:{done}/{POSITIONS} val_bpb:{bpb:.4f} tokens/s:{done / seconds:.0f} "
@@ -617,17 +626,17 @@ def test_ranks_stop_training_together(monkeypatch, slowest):
     monkeypatch.setattr(time, "perf_counter", lambda: getattr(own, "spent", 0.0))
 
     def later(rank, tensor, sums):
-        """A chunk makes three sums: its score's, and two steps'."""
+        """A chunk makes three sums: its score's, of float64, and two steps'; from the fourth on it is slow."""
         if rank == slowest and tensor.dtype == torch.float64:
-            own.spent = getattr(own, "spent", 0.0) + 1.0
+            own.spent = getattr(own, "spent", 0.0) + (1.0 if getattr(own, "spent", 0.0) < 4 else 9.0)
 
-    proofs = [proof for _, _, proof, _ in run_ranks(2, settings(), some_text(), after_sum=later, seconds=5.5)]
+    proofs = [proof for _, _, proof, _ in run_ranks(2, settings(), some_text(), after_sum=later, seconds=18)]
     assert proofs[0]["untrained_from_chunk"] == proofs[1]["untrained_from_chunk"] is not None
     assert proofs[0]["steps"] == proofs[1]["steps"] > 0
 
 
 def test_weights_that_are_no_numbers_stop_the_run():
-    hp = settings(ttt_optimizer="sgd", ttt_params="all", ttt_lr=1e30)
+    hp = settings(ttt_optimizer="sgd", ttt_params="all", ttt_lr=1e9)
     with pytest.raises(tg.UserError, match="diverged in chunk 0; lower TTT_LR"):
         run_ttt(hp, some_text())
 
