@@ -3031,8 +3031,6 @@ def interrupt(name: str) -> None:
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
     world, status, env = None, 0, os.environ
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] in (["--help"], ["-h"]):
         say(f"{__doc__}\n{settings_table()}")
         return 0
@@ -3064,4 +3062,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for console in (sys.stdout, sys.stderr):
+        console.reconfigure(errors="backslashreplace")
     sys.exit(main())

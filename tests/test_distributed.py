@@ -280,8 +280,8 @@ def test_a_stop_request_to_one_rank_stops_all_after_the_same_step(pool, calm, on
     """Rank 1 alone gets SIGTERM: both end with status 143 and one checkpoint, which one process continues."""
     folder, codes, said = pool
     assert codes[:2] == [143, 143], [errors for _, errors in said]
-    for _, errors in said[:2]:
-        assert f"stopped by SIGTERM after step {STOPPED_IN + 1};" in errors and "RESUME=1" in errors
+    for (_, errors), who in zip(said[:2], ("another rank", "SIGTERM")):
+        assert f"stopped by {who} after step {STOPPED_IN + 1};" in errors and "RESUME=1" in errors
         assert "Traceback" not in errors
     state = torch.load(folder / "logs/stopped/checkpoint.pt", weights_only=True)
     assert state["step"] == max(losses(folder, "stopped")) == STOPPED_IN + 1

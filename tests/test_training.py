@@ -549,10 +549,8 @@ def reference(tmp_path_factory, env):
 
 @pytest.mark.whole
 def test_averages_follow_their_closed_forms(reference, hp):
-    """Of all weights from the initial ones on; of every third step's, once the rate is low enough."""
-    ema = reference.met[0].double()
-    for weights in reference.left:
-        ema = 0.9 * ema + 0.1 * weights.double()
+    """Of the weights that all steps left; of every third step's, once the rate is low enough."""
+    ema = sum(0.1 * 0.9 ** (STEPS - 1 - i) * w.double() for i, w in enumerate(reference.left)) / (1 - 0.9**STEPS)
     taken = [i for i in range(STEPS) if (STEPS - i) / 16 < 0.8 and (i + 1) % 3 == 0]
     swa = torch.stack([reference.left[i].double() for i in taken]).mean(0)
     state = kept(reference.folder)
@@ -657,7 +655,7 @@ def test_a_checkpoint_brings_every_part_back(saved, hp, shards, tmp_path):
 def test_other_settings_are_named_and_nothing_is_changed(saved, hp, shards, tmp_path):
     fresh = checkpoint_of(hp, shards, tmp_path, matrix_lr=1.0, train_tokens=5)
     before, data = snapshots(fresh), (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(tg.UserError, match=": MATRIX_LR, TRAIN_TOKENS;"):
+    with pytest.raises(tg.UserError, match="other MATRIX_LR, TRAIN_TOKENS;"):
         fresh.load()
     assert snapshots(fresh) == before and (tmp_path / "checkpoint.pt").read_bytes() == data
 
@@ -673,7 +671,7 @@ def test_a_damaged_checkpoint_is_refused(saved, hp, shards, tmp_path, damage):
     bytes_of = {"truncated": data[: len(data) // 2], "empty": b"", "not torch": b"hello" * 99}
     objects = {"another file": {"weights": torch.zeros(3)}, "a list": [1, 2], "harm": {"settings": Harm()}}
     path.write_bytes(bytes_of[damage] if damage in bytes_of else tg.saved(objects[damage]))
-    with pytest.raises(tg.UserError, match="checkpoint.pt .*RUN_ID"):
+    with pytest.raises(tg.UserError, match="checkpoint.pt: .*another RUN_ID"):
         checkpoint_of(hp, shards, tmp_path).load()
     assert not (tmp_path / "harm").exists()
 
@@ -799,7 +797,7 @@ def test_a_resume_with_other_settings_or_text_is_refused(tmp_path, env, referenc
 def test_resume_needs_a_checkpoint(tmp_path, env):
     (tmp_path / "logs/run").mkdir(parents=True)
     (tmp_path / "logs/run/log.txt").write_text("a run that died early\n")
-    with pytest.raises(tg.UserError, match="checkpoint.pt is missing"):
+    with pytest.raises(tg.UserError, match="finds no logs/run/checkpoint.pt"):
         run(tmp_path, env | {"RESUME": "1"})
     written = [(path.name, path.read_text()) for path in (tmp_path / "logs/run").iterdir()]
     assert written == [("log.txt", "a run that died early\n")]  # refused before the log is opened
@@ -984,9 +982,9 @@ def test_late_qat_stays_on_when_the_clock_relents(tmp_path, env, hp):
     def after(world, _):
         left.append(world.weights.clone())
 
-    env = env | {"MAX_WALLCLOCK_SECONDS": "40", "ITERATIONS": "8", "WARMDOWN_ITERS": "5"}
+    env = env | {"MAX_WALLCLOCK_SECONDS": "40", "ITERATIONS": "14", "WARMDOWN_ITERS": "5"}
     run(tmp_path, env, clock, before=before, after=after)
     rounded = [not torch.equal(a, b) for a, b in zip(met[1:8], left)]
     assert rounded == [False] * 4 + [True] * 3  # steps 2 to 8
     scales = [line["lr_scale"] for _, line in sorted(metrics(tmp_path).items())]
-    assert scales[5] < hp.late_qat_threshold < min(scales[6:])
+    assert scales[5] < hp.late_qat_threshold < min(scales[6:8])
