@@ -64,6 +64,23 @@ class UserError(ValueError):
     """A user's mistake: printed as it stands, without a traceback."""
 
 
+def brief(value: object) -> str:
+    """A value from outside in one short line."""
+    return " ".join(str(value)[:60].split())
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, remedy: str) -> Iterator[None]:
+    """UserError that names the file and the remedy, for whatever a missing or damaged one runs into."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
+        raise UserError(f"{path}: {told}; {remedy}") from None
+
+
 # ------------------------------------------------------------------------------------------
 # 1 Settings
 # The environment goes over the preset, the preset over the default. All mistakes are reported at once: a
@@ -147,11 +164,6 @@ def _edits(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
     return row[-1]
-
-
-def brief(value: object) -> str:
-    """A value from outside in one short line."""
-    return " ".join(str(value)[:60].split())
 
 
 def _parse(text: str, like: object) -> object:
@@ -464,8 +476,8 @@ def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
                 store.wait([f"read{other}" for other in range(size)])
     for other, theirs in enumerate(others):
         for name in (name for name in theirs if theirs[name] != others[0].get(name)):
-            raise UserError(f"rank {other} has {name} {theirs[name]}, rank 0 {others[0].get(name)}; start all "
-                            f"ranks alike")
+            here, there = others[0].get(name), theirs[name]
+            raise UserError(f"{name} is {there} on rank {other}, {here} on rank 0; start all ranks alike")
     if facts["error"]:
         raise UserError(facts["error"])
     return store
@@ -550,12 +562,6 @@ class World:
         copy.copy_(tensor, non_blocking=True)
         event.record()
         return copy, event.synchronize
-
-    def memory(self) -> int:
-        """Bytes of the device, or of the machine that its ranks share."""
-        if self.on_cuda:
-            return torch.cuda.mem_get_info(self.device)[1]
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak_memory(self) -> int:
         if self.on_cuda:
@@ -722,18 +728,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def reading(path: Path | str, remedy: str) -> Iterator[None]:
-    """UserError that names the file and the remedy, for whatever a missing or damaged one runs into."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
-        raise UserError(f"{path}: {told}; {remedy}") from None
-
-
 def parse_json(data: bytes) -> dict:
     """A JSON object in UTF-8, finite and with unique keys; else ValueError."""
     def unique(pairs: list) -> dict:
@@ -748,6 +742,7 @@ def parse_json(data: bytes) -> dict:
 
 
 def sha256(data: bytes) -> str:
+    """The checksum in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -1053,7 +1048,7 @@ def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> N
     pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
     total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
     if abs(charged - size) > len(texts) + spare or total - same > 0.01 * total + spare:
-        raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and encoded,"
+        raise UserError(f"tokenizer and shards do not belong together: {total} tokens, decoded and encoded,"
                         f" {total - same} differ, and {charged} bytes are counted where there are {size}")
 
 
@@ -2382,15 +2377,21 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def on_stop(react: Callable[[str], None]) -> Iterator[None]:
-    """Have SIGTERM, SIGINT and SIGHUP call react(name); one that is ignored (nohup) stays so."""
-    before, numbers = {}, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    for number in (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN):
-        before[number] = signal.signal(number, lambda number, _: react(signal.Signals(number).name))
+def on_stop(heard: list[str] | None = None) -> Iterator[None]:
+    """Add SIGTERM, SIGINT and SIGHUP to a list, or raise Interrupted; what is ignored (nohup) stays so."""
+    def handler(number, _frame) -> None:
+        name = signal.Signals(number).name
+        if heard is None:
+            raise Interrupted(f"stopped by {name}; what was finished is kept, STAGES goes on with the rest")
+        heard.append(name)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+               if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        for number, previous in before.items():
+        for number, previous in zip(numbers, before):
             signal.signal(number, previous)
 
 
@@ -2621,7 +2622,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     telemetry = Telemetry(world, clock)
     step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
     stops, watch, remedy = [], contextlib.ExitStack(), "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
-    watch.enter_context(on_stop(stops.append))
+    watch.enter_context(on_stop(stops))
 
     def follow(lag) -> None:
         for done, scale, loss in telemetry.read(lag):
@@ -2911,10 +2912,12 @@ def check_memory(hp: Hyperparameters, world: World) -> None:
     """UserError where a training step would need more than the device has, by what it certainly takes."""
     with torch.device("meta"):
         params = sum(p.numel() for p in GPT(hp).parameters())
-    tokens = 16 * (hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len)
-    needed = 24 * params + hp.train_seq_len * activation_bytes(hp, world, compiling=True) + tokens
-    if needed > (there := world.memory()):
-        raise UserError(f"a step needs {needed / 1e9:.0f} GB, {world.device} has {there / 1e9:.0f}; lower "
+    there = torch.cuda.mem_get_info(world.device)[1] if world.on_cuda else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    tokens = hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len
+    needed = 24 * params + 16 * tokens + hp.train_seq_len * activation_bytes(hp, world, compiling=True)
+    if needed > there:
+        raise UserError(f"training needs {needed / 1e9:.0f} GB, {world.device} has {there / 1e9:.0f}; lower "
                         f"MODEL_DIM, NUM_LAYERS, BIGRAM_VOCAB_SIZE, TRAIN_SEQ_LEN or TRAIN_BATCH_TOKENS")
 
 
@@ -2928,8 +2931,7 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
     if "train" in hp.stages and taken and not hp.resume:
         raise UserError(f"{folder} exists; {going_on}choose another RUN_ID")
     if hp.resume and not kept:
-        raise UserError(f"RESUME=1 finds no {folder}/checkpoint.pt; set RUN_ID to a run that left one, or unset "
-                        f"RESUME")
+        raise UserError(f"RESUME=1 finds no {folder}/checkpoint.pt; set RUN_ID to a run that left one")
     if hp.stages.startswith("quantize") and not (folder / "model.pt").is_file():
         raise UserError(f"{folder}/model.pt is missing; {going_on}train under another RUN_ID")
     if hp.stages != "evaluate":
@@ -2953,13 +2955,11 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
         f"val_bytes:{validation.bytes}")
     path, known = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
     with reading(path, "delete it, or choose another RUN_ID"):
-        kinds, sizes = [*known], ("model_bytes", "code_bytes", "total_bytes", "limit")
         known |= parse_json(path.read_bytes()) if path.is_file() else {}
+        known |= {name: dict(known[name]) for name in ("bpb", "val_loss", "proofs", "budget", "artifact")
+                  if name in known}
         earlier = known["budget"].get("training", {}).get("counted", {})
         earlier = {name: float(seconds) for name, seconds in earlier.items()}
-        if not all(type(known[name]) is dict for name in kinds) or [
-                name for name in sizes if "artifact" in known and type(known["artifact"][name]) is not int]:
-            raise TypeError
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
                 "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
@@ -2999,8 +2999,8 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
             run.result["budget"][budget.name] = budget.report(run.log)
     run.record({"bpb": dict.fromkeys(("float", "roundtrip", "sliding", "ttt")) | run.result["bpb"]})
     if sizes := run.result.get("artifact"):
-        run.log(f"artifact model:{sizes['model_bytes']}B code:{sizes['code_bytes']}B "
-                f"total:{sizes['total_bytes']}B limit:{sizes['limit']}B")
+        model, code, total, limit = map(sizes.get, ("model_bytes", "code_bytes", "total_bytes", "limit"))
+        run.log(f"artifact model:{model}B code:{code}B total:{total}B limit:{limit}B")
     run.log(f"files:{run.folder}")
 
 
@@ -3024,10 +3024,6 @@ def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[st
     return hp, facts
 
 
-def interrupt(name: str) -> None:
-    raise Interrupted(f"stopped by {name}; what was finished is kept, and STAGES goes on with the rest")
-
-
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
     world, status, env = None, 0, os.environ
@@ -3037,7 +3033,7 @@ def main() -> int:
     try:
         if len(sys.argv) > 1:
             raise UserError("settings are environment variables; try --help")
-        with on_stop(interrupt):
+        with on_stop():
             hp, facts = settings_of(env)
             store = meet(env, facts)
             cautions = doubtful_names(env, hp.fields())[1]
@@ -3062,6 +3058,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for console in (sys.stdout, sys.stderr):
-        console.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as that of errors is
     sys.exit(main())

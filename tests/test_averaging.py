@@ -24,7 +24,7 @@ def test_ema_equals_its_closed_form(decay):
 
 
 def test_nothing_of_the_start_is_left_after_one_step():
-    """With decay 0.997 and the start as a first value 84 % of it would be left after 60 steps, 16 % after 600."""
+    """As a first value 84 % of it would be left after 60 steps with decay 0.997, 16 % after 600."""
     ema = tg.EMA(torch.full((4,), 10.0), 0.997)
     assert ema.average.tolist() == [10.0] * 4
     ema.update(torch.zeros(4))

@@ -400,12 +400,13 @@ def test_lr_scale_equals_the_formula(wallclock):
     {"PRESET": "smoke", "ITERATIONS": "30"}, {"PRESET": "pr606", "MAX_WALLCLOCK_SECONDS": "60"},
     {"PRESET": "pr606", "ITERATIONS": "30"}, {"PRESET": "pr601", "ITERATIONS": "3499"}])  # fmt: skip
 def test_a_short_run_starts_at_its_full_rate_and_ends_at_none(env):
-    """ITERATIONS=30 alone started smoke at a rate of 0.05, and a minute of pr606 at 0.17, QAT from the start."""
+    """660 steps of warmdown in 30 would start at a rate of 0.05, 3,500 in a minute at 0.17, and QAT with them."""
     hp = tg.Hyperparameters.from_env(env)
     pace = 0.098  # seconds a step: a minute is 612 steps
     total = min(hp.iterations, round((hp.max_wallclock_seconds or 1e9) / pace))
     scales = [scale_at(hp, step, step * pace) for step in range(total + 1)]
-    assert scales[: round(0.39 * total)] == [1.0] * round(0.39 * total) and scales[-1] == pytest.approx(0, abs=0.01)
+    full = round(0.39 * total)
+    assert scales[:full] == [1.0] * full and scales[-1] == pytest.approx(0, abs=0.01)
     assert scales[round(0.7 * total)] == pytest.approx(0.5, abs=0.05)
     assert not tg.qat_active(hp, scales[0]) and tg.qat_active(hp, scales[-1])
 

@@ -823,7 +823,9 @@ def usable(hp, name, value):
     """Whether a model may have this setting, odd as it is."""
     if type(value) is not type(getattr(hp, name)) or name == "mlp_mult":
         return False
-    return value == 3.5 and name != "mlp_slope" or value == 10**9 and name in ("rope_ntk_reference", "xsa_last_n")
+    if value == 10**9:
+        return name in ("rope_ntk_reference", "xsa_last_n")
+    return value == 3.5 and name != "mlp_slope"
 
 
 @pytest.mark.parametrize("name", tg.Hyperparameters.fields("model"))

@@ -550,7 +550,8 @@ def reference(tmp_path_factory, env):
 @pytest.mark.whole
 def test_averages_follow_their_closed_forms(reference, hp):
     """Of the weights that all steps left; of every third step's, once the rate is low enough."""
-    ema = sum(0.1 * 0.9 ** (STEPS - 1 - i) * w.double() for i, w in enumerate(reference.left)) / (1 - 0.9**STEPS)
+    fading = [0.9 ** (STEPS - 1 - i) for i in range(STEPS)]
+    ema = sum(w * weights.double() for w, weights in zip(fading, reference.left)) / sum(fading)
     taken = [i for i in range(STEPS) if (STEPS - i) / 16 < 0.8 and (i + 1) % 3 == 0]
     swa = torch.stack([reference.left[i].double() for i in taken]).mean(0)
     state = kept(reference.folder)

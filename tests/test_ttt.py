@@ -626,7 +626,7 @@ def test_ranks_stop_training_together(monkeypatch, slowest):
     monkeypatch.setattr(time, "perf_counter", lambda: getattr(own, "spent", 0.0))
 
     def later(rank, tensor, sums):
-        """A chunk makes three sums: its score's, of float64, and two steps'; from the fourth on it is slow."""
+        """A chunk makes three sums: its score's, of float64, and two steps'; late ones are slow."""
         if rank == slowest and tensor.dtype == torch.float64:
             own.spent = getattr(own, "spent", 0.0) + (1.0 if getattr(own, "spent", 0.0) < 4 else 9.0)
 
