@@ -400,7 +400,7 @@ def test_lr_scale_equals_the_formula(wallclock):
     {"PRESET": "smoke", "ITERATIONS": "30"}, {"PRESET": "pr606", "MAX_WALLCLOCK_SECONDS": "60"},
     {"PRESET": "pr606", "ITERATIONS": "30"}, {"PRESET": "pr601", "ITERATIONS": "3499"}])  # fmt: skip
 def test_a_short_run_starts_at_its_full_rate_and_ends_at_none(env):
-    """660 steps of warmdown in 30 would start at a rate of 0.05, 3,500 in a minute at 0.17, and QAT with them."""
+    """A warmdown of 660 steps in 30 would start at a rate of 0.05, 3,500 in a minute at 0.17, with QAT."""
     hp = tg.Hyperparameters.from_env(env)
     pace = 0.098  # seconds a step: a minute is 612 steps
     total = min(hp.iterations, round((hp.max_wallclock_seconds or 1e9) / pace))
