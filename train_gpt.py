@@ -47,6 +47,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
 try:
     import numpy as np
     import sentencepiece
@@ -64,9 +66,9 @@ class UserError(ValueError):
     """A user's mistake: printed as it stands, without a traceback."""
 
 
-def brief(value: object) -> str:
+def brief(value: object, most: int = 60) -> str:
     """A value from outside in one short line."""
-    return " ".join(str(value)[:60].split())
+    return " ".join(str(value)[:most].split())
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
+        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error, 200)}"
         raise UserError(f"{path}: {told}; {remedy}") from None
 
 
@@ -458,7 +460,7 @@ def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
     alone = numbers[1:2] == [1] or all(map(env.get, usual))
     if len(numbers) < 3 or not numbers[0] < numbers[1] or not alone:
         said = " ".join(f"{name}={brief(text)}" for name, text in told.items())
-        raise UserError(f"torchrun does not say {said}; start every process with it, or unset these")
+        raise UserError(f"{said}: torchrun starts no process so; start all with it, or unset these")
     return tuple(numbers)
 
 
@@ -478,7 +480,7 @@ def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
         for name in (name for name in theirs if theirs[name] != others[0].get(name)):
             here, there = others[0].get(name), theirs[name]
             raise UserError(f"{name} is {there} on rank {other}, {here} on rank 0; start all ranks alike")
-    if facts["error"]:
+    if facts["error"] != "none":
         raise UserError(facts["error"])
     return store
 
@@ -3019,14 +3021,14 @@ def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[st
         return None, {"error": str(error)}
     files = [Path(hp.tokenizer_path), artifact, *Path(hp.data_path).glob("*.bin")]
     sizes = [file.stat().st_size for file in files if file.is_file()]
-    facts = {"error": ""} | {name.upper(): str(value) for name, value in vars(hp).items()}
+    facts = {"error": "none"} | {name.upper(): str(value) for name, value in vars(hp).items()}
     facts |= {"script": sha256(Path(__file__).read_bytes()), "data": f"{len(sizes)} files, {sum(sizes)}B"}
     return hp, facts
 
 
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
-    world, status, env = None, 0, os.environ
+    world, status, env, rank = None, 0, os.environ, 0
     if sys.argv[1:] in (["--help"], ["-h"]):
         say(f"{__doc__}\n{settings_table()}")
         return 0
@@ -3034,6 +3036,7 @@ def main() -> int:
         if len(sys.argv) > 1:
             raise UserError("settings are environment variables; try --help")
         with on_stop():
+            rank, *_ = launched_as(env)
             hp, facts = settings_of(env)
             store = meet(env, facts)
             cautions = doubtful_names(env, hp.fields())[1]
@@ -3042,7 +3045,7 @@ def main() -> int:
             run_stages(hp, world, [*cautions, *[f"ignored:{','.join(ignored)}"] * bool(ignored)])
     except (UserError, OSError) as error:
         status = 1
-        if world is not None or env.get("RANK") not in map(str, range(1, 10 ** 6)):
+        if world is not None or rank == 0:
             say(f"error: {error}", "stderr")
     except Interrupted as stop:
         status = 143
