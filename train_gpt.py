@@ -1050,8 +1050,8 @@ def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> N
     pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
     total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
     if abs(charged - size) > len(texts) + spare or total - same > 0.01 * total + spare:
-        raise UserError(f"tokenizer and shards do not belong together: {total} tokens, decoded and encoded,"
-                        f" {total - same} differ, and {charged} bytes are counted where there are {size}")
+        raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and encoded, "
+                        f"{total - same} differ (bytes counted: {charged}, decoded: {size})")
 
 
 @dataclass

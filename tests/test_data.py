@@ -1,5 +1,8 @@
 """Shards, the order of training tokens, bytes, and the checks before the first step."""
 
+import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -343,6 +346,16 @@ def test_a_nat_in_bits_per_byte():
 # ----------------------------------------------------------------------------------------------------------
 
 
+def trained(path, text, vocab_size=512, **more):
+    """A tokenizer of another text, made as the challenge makes its own."""
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(text[at : at + 80] for at in range(0, len(text), 80)),
+        model_prefix=str(path.with_suffix("")), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, **more,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
 def validation_of(corpus, **changes):
     usual = {"PRESET": "smoke", "DEVICE": "cpu", "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "1"}
     hp = tg.Hyperparameters.from_env(corpus | usual | changes)
@@ -407,7 +420,7 @@ WRONG = {
 def test_wrong_tables_are_caught(checked, spoil):
     table, processor, tokens = checked
     spoil(table)
-    with pytest.raises(tg.UserError, match=r"\d+ bytes.*\d+"):
+    with pytest.raises(tg.UserError, match=r"bytes counted: \d+, decoded: \d+"):
         tg.check_tokenizer(table, tokens)
 
 
@@ -415,23 +428,76 @@ def test_the_table_of_another_tokenizer_is_caught(checked, tmp_path):
     """Of the same size and even of the same pieces in another order."""
     _, processor, tokens = checked
     text = processor.decode(tokens[1:].tolist())[::-1]
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(text[at : at + 80] for at in range(0, len(text), 80)),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=512,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    other = tg.load_tokenizer(str(tmp_path / "other.model"), 512)
+    other = trained(tmp_path / "other.model", text)
     with pytest.raises(tg.UserError, match="do not belong together"):
         tg.check_tokenizer(tg.ByteTable(other), tokens)
+
+
+def test_a_tokenizer_of_a_similar_text_is_caught_though_its_bytes_agree(corpus, checked, tmp_path):
+    """Made from training text of the same corpus: it counts its own bytes rightly, and any score is wrong."""
+    _, processor, tokens = checked
+    train = np.concatenate(tg.read_split(corpus["DATA_PATH"], "train")).tolist()
+    other = trained(tmp_path / "other.model", processor.decode(train[: len(train) // 3]))
+    table, ids = tg.ByteTable(other), tokens[:1000].tolist()
+    counted = int(table.count(tokens[:999], tokens[1:1000]).sum())
+    assert abs(counted - len(other.decode(ids).encode())) < 20
+    with pytest.raises(tg.UserError, match="do not belong together"):
+        validation_of(corpus, TOKENIZER_PATH=str(tmp_path / "other.model"))
+    # the right ids under this tokenizer pass, so it is the pair that is wrong
+    own = [1, *other.encode(processor.decode(tokens[1:].tolist()))]
+    tg.check_tokenizer(table, torch.tensor(own * 2, dtype=torch.int32))
+
+
+def test_training_text_of_another_tokenizer_is_caught(corpus, checked, tmp_path):
+    """In the stages that read it; scoring alone does not look at it."""
+    table, processor, tokens = checked
+    shuffled = np.random.default_rng(0).permutation(np.arange(260, 512))
+    alien = [int(shuffled[t - 260]) if t >= 260 else t for t in tokens.tolist()]
+    write_shard(tmp_path / "fineweb_train_000000.bin", alien)
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens.tolist())
+    hp = tg.Hyperparameters.from_env(
+        corpus | {"PRESET": "smoke", "DEVICE": "cpu", "DATA_PATH": str(tmp_path)}
+    )
+    with contextlib.chdir(tmp_path):
+        with pytest.raises(tg.UserError, match="do not belong together"):
+            tg.open_run(hp, tg.World(hp, {}), table)
+        tg.open_run(dataclasses.replace(hp, stages="evaluate"), tg.World(hp, {}), table)
+
+
+def test_a_tokenizer_without_a_piece_for_the_blank_is_refused(tmp_path):
+    """Its blanks are the three bytes of U+2581, which decode to the mark and not to a blank: 4 % too many."""
+    words = ["the", "cat", "sat", "mat", "hat"]
+    other = trained(tmp_path / "other.model", "".join(words * 50), 290)
+    assert other.piece_to_id("\u2581") == other.unk_id()
+    ids = [1, *other.encode(" ".join(words * 40))] * 3
+    assert sum(map(other.is_byte, ids)) >= 3 * 190
+    with pytest.raises(tg.UserError, match=r"bytes counted: \d+, decoded: \d+"):
+        tg.check_tokenizer(tg.ByteTable(other), torch.tensor(ids, dtype=torch.int32))
+
+
+def test_a_piece_of_more_than_255_bytes_is_charged_in_full(checked, corpus, tmp_path):
+    _, processor, tokens = checked
+    path, piece = tmp_path / "long.model", "ab" * 150
+    long = trained(path, processor.decode(tokens[1:].tolist()), user_defined_symbols=[piece])
+    (token,) = long.encode(piece)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1, *[token] * 100] * 3)
+    found = validation_of(corpus, DATA_PATH=str(tmp_path), TOKENIZER_PATH=str(path))
+    assert found.byte_counts.tolist() == (([300] * 100 + [0]) * 3)[: len(found.byte_counts)]
+    assert found.bytes > 255 * 250
+
+
+def test_the_tokenizer_that_meta_json_names_is_the_only_one(corpus, tmp_path):
+    """By its SHA-256: another place of the same file is fine."""
+    write_shard(tmp_path / "fineweb_val_000000.bin", tg.read_split(corpus["DATA_PATH"], "val")[0])
+    own, name = Path(corpus["TOKENIZER_PATH"]).read_bytes(), "tokenizers/own.model"
+    for digest, right in ((hashlib.sha256(own).hexdigest(), True), ("0" * 64, False)):
+        meta = {"corpus": "pydoc", "tokenizer": name, "files": {name: {"bytes": len(own), "sha256": digest}}}
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        if right:
+            assert validation_of(corpus, DATA_PATH=str(tmp_path)).corpus == "pydoc"
+        else:
+            with pytest.raises(tg.UserError, match="is not tokenizers/own.model.*TOKENIZER_PATH"):
+                validation_of(corpus, DATA_PATH=str(tmp_path))
 
 
 def test_a_long_document_may_be_cut_inside_a_character(checked):

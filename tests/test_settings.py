@@ -508,3 +508,55 @@ def test_every_setting_is_a_row_of_the_table():
     for name, f in FIELDS.items():
         assert table[name.upper()][-1].startswith(f.metadata["meaning"])
         assert all(choice in table[name.upper()][-1] for choice in f.metadata["choices"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a user may type
+# ----------------------------------------------------------------------------------------------------------
+
+NO_NUMBERS = ["1_000", "\u0661\u0662", "\uff11\uff12", " 12", "12 ", "12\n", "1 2", "0x10", "1e400",
+              "9" * 400, "12abc", "--1", "1.2.3", "nan", "1e", "²"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ITERATIONS", "MATRIX_LR", "VOCAB_SIZE", "SEED", "VE_LAYERS"])
+@pytest.mark.parametrize("text", NO_NUMBERS, ids=ascii)
+def test_what_is_no_plain_number_is_refused_in_one_short_line(name, text):
+    assert len(complaint := lines({name: text})) == 1
+    assert complaint[0].startswith(f"{name}=") or name in complaint[0]
+    assert len(complaint[0]) < 160
+
+
+@pytest.mark.parametrize("said", """
+    MODEL_DIM=2147483648 NUM_LAYERS=100000000000000000000 MLP_MULT=1e308 MLP_SLOPE=1e308 LOGIT_SOFTCAP=1e308
+    LOGIT_SOFTCAP=1e-320 MATRIX_LR=1e308 BIGRAM_DIM=1000000000 TRAIN_SEQ_LEN=99999999999
+""".split())  # fmt: skip
+def test_no_value_is_beyond_what_its_field_allows(said):
+    (complaint,) = lines(environment(said))
+    assert complaint.startswith(said.split("=")[0]) and "must lie in [" in complaint
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a\n", "\n", " a", "..", ".", "-a", "a/b", "ä", "\udcff", "a" * 201, "\u0661"], ids=ascii
+)
+def test_a_run_id_is_a_plain_name(name):
+    (complaint,) = lines({"RUN_ID": name})
+    assert complaint.startswith("RUN_ID must name a folder")
+    assert from_env({"RUN_ID": "lr=0.02,wd=1e-3_seed.7+x@y"}).run_id
+
+
+@pytest.mark.parametrize("said", """
+    SWA_ENABLED=false INT5_MLP=false FULL_GPTQ=false BIGRAM_HASH=false TTT_COSINE_LR=false EMA_ENABLED=false
+    GPTQ_LITE=false SWA_ENABLED=0 INT5_MLP=0 FULL_GPTQ=0 BIGRAM_HASH=0 TTT_COSINE_LR=0
+""".split())  # fmt: skip
+@pytest.mark.parametrize("preset", tg.PRESETS)
+def test_a_switch_of_one_technique_leaves_late_qat_alone(preset, said):
+    usual, hp = from_env({"PRESET": preset}), from_env({"PRESET": preset} | environment(said))
+    assert hp.late_qat_threshold == usual.late_qat_threshold > 0 and hp.soft_round_qat == usual.soft_round_qat
+    other = from_env({"PRESET": preset, "LATE_QAT": "false"})
+    assert other.late_qat_threshold == 0
+
+
+def test_seeds_and_nproc_are_not_the_scripts(tmp_path, capsys):
+    for name in ("SEEDS", "NPROC"):
+        assert run_here(tmp_path, {name: "1"}) == 1
+        assert f"{name}=1 is no value" in capsys.readouterr().err
