@@ -1255,7 +1255,7 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, columns: int, std: float):
         super().__init__()
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=std))
+        self.weight = nn.Parameter(std * torch.randn(rows, columns))
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
@@ -1568,6 +1568,12 @@ class GPT(nn.Module):
             return self.logits(hidden)
         return SoftcapCrossEntropy.apply(hidden.flatten(0, 1), self.tok_emb.weight, targets.flatten(),
                                          self.hp.logit_softcap)
+
+
+def shell(hp: Hyperparameters) -> GPT:
+    """The model without values, to be given a file's or to be counted."""
+    with torch.device("meta"):
+        return GPT(hp)
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
@@ -2355,8 +2361,7 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     hp, claimed = artifact_settings(header, hp), {name: shape for name, _, shape, *_ in header["tensors"]}
     require(sum(map(math.prod, claimed.values())) <= MOST_DENSE * len(blob), "it claims too much")
     require(hp.num_layers < len(claimed), "it has more layers than tensors")
-    with torch.device("meta"):
-        model = GPT(hp)
+    model = shell(hp)
     needed = {name: [*p.shape] for name, p in model.state_dict().items()}
     require(claimed == needed, "its tensors are not those of its settings")
     config, tensors = unpack(blob)
@@ -2857,9 +2862,7 @@ Scored = collections.namedtuple("Scored", "scores proofs")  # by name
 
 def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
     """Calibrate on training tokens, quantise, pack; no weights: model.pt."""
-    hp, world, log = run.hp, run.world, run.log
-    with torch.device("meta"):
-        model = GPT(hp)
+    hp, world, log, model = run.hp, run.world, run.log, shell(run.hp)
     with reading(run.folder / "model.pt", "set what it trained with, or train again"):
         weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
         weights = {name: weight.float() for name, weight in weights.items()}
@@ -2912,8 +2915,7 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
 
 def check_memory(hp: Hyperparameters, world: World) -> None:
     """UserError where a training step would need more than the device has, by what it certainly takes."""
-    with torch.device("meta"):
-        params = sum(p.numel() for p in GPT(hp).parameters())
+    params = sum(p.numel() for p in shell(hp).parameters())
     there = torch.cuda.mem_get_info(world.device)[1] if world.on_cuda else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     tokens = hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len

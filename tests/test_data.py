@@ -351,7 +351,8 @@ def trained(path, text, vocab_size=512, **more):
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(text[at : at + 80] for at in range(0, len(text), 80)),
         model_prefix=str(path.with_suffix("")), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, **more,
+        add_dummy_prefix=False, hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        **more,
     )  # fmt: skip
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 

@@ -865,6 +865,87 @@ def test_a_damaged_artifact_is_refused_before_anything_is_built(artifact):
         tg.load_artifact(bytes(blob), None, None)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_raw_tensor_that_is_not_finite_is_refused(artifact, value):
+    """One such number makes every loss NaN, which scored as val_bpb:nan with exit status 0."""
+    world, hp, blob = artifact
+    config, weights = tg.unpack(blob)
+    for name in ("skip_weights", "blocks.0.attn.q_gain", "tok_emb.weight"):
+        bad = weights[name].clone()
+        bad.view(-1)[-1] = value
+        assert "not finite" in refusal(tg.pack(config, weights | {name: bad}), hp, world)
+    wide = weights | {"skip_weights": weights["skip_weights"].double() + 1e300}  # infinite as float32
+    assert "not finite" in refusal(tg.pack(config, wide), hp, world)
+
+
+def test_a_negative_scale_is_refused(artifact):
+    """It turns a row's sign around; scales of zero, of a row of zeros, are fine."""
+    world, hp, blob = artifact
+    (config, weights), name = tg.unpack(blob), "blocks.0.attn.c_q.weight"
+    for low, fine in ((0.0, True), (0.5, True), (-0.5, False)):
+        scales = torch.ones(len(weights[name]))
+        scales[-1] = low
+        q = Q(torch.ones(weights[name].shape, dtype=torch.int8), scales, 15, "attn")
+        told = refusal(tg.pack(config, weights | {name: q}), hp, world)
+        assert told is None if fine else "scale negative" in told
+
+
+def grown(hp, blob, **sizes):
+    """A forgery of few bytes: the settings of a large model with all its tensors, of zeros."""
+    with torch.device("meta"):
+        large = tg.GPT(dataclasses.replace(hp, **sizes))
+    shapes = {name: [*p.shape] for name, p in large.state_dict().items()}
+    header, _ = split(with_settings(blob, **sizes))
+    header, total = json.loads(header), sum(map(math.prod, shapes.values()))
+    zeros = tg.zstd_frame(bytes(2 * total), literals=False, level=1)
+    header["tensors"] = [[name, "float16", shape, "raw.float16", 0] for name, shape in shapes.items()]
+    header["sections"] = [["raw.float16", len(zeros), 2 * total]]
+    return join(header, zeros)
+
+
+BOMBS = {
+    "sections without tensors": lambda hp, blob: forged_bomb(blob, tensors=False),
+    "tensors of no model": lambda hp, blob: forged_bomb(blob, tensors=True),
+    "a large model of zeros": lambda hp, blob: grown(hp, blob, vocab_size=65536, bigram_vocab_size=10**6),
+    "wide": lambda hp, blob: with_settings(blob, model_dim=65536, num_heads=64, mlp_mult=64.0),
+    "deep": lambda hp, blob: with_settings(blob, num_layers=1000),
+    "many buckets": lambda hp, blob: with_settings(blob, bigram_vocab_size=10**9, bigram_dim=65536),
+    "header of lists": lambda hp, blob: join(b'{"config":[' + b"[]," * 5_000_000 + b"[]]}", b""),
+}
+
+
+def forged_bomb(blob, tensors):
+    """1.5 GB of zeros beside a small model's settings."""
+    header, payload = split(blob)
+    header, size = json.loads(header), 3 << 29
+    zeros = tg.zstandard.ZstdCompressor(level=1).compress(bytes(size))
+    header["sections"].append(["raw.uint8", len(zeros), size])
+    if tensors:
+        header["tensors"].append(["more", "uint8", [size], "raw.uint8", 0])
+    return join(header, payload + zeros)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_no_memory_before_it_is_refused(artifact, name, tmp_path):
+    """In a process of its own, whose peak is what the refusal took."""
+    world, hp, blob = artifact
+    (tmp_path / "bomb.bin").write_bytes(BOMBS[name](hp, blob))
+    assert (tmp_path / "bomb.bin").stat().st_size < 3_000_000
+    code = (
+        "import resource, sys, time; sys.path.insert(0, sys.argv[1]); import train_gpt as tg\n"
+        "blob, hp = open(sys.argv[2], 'rb').read(), tg.Hyperparameters(device='cpu')\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "world, before, start = tg.World(hp, {}), peak(), time.process_time()\n"
+        "try: tg.load_artifact(blob, hp, world)\n"
+        "except tg.UserError as error: print(f'{time.process_time() - start} {peak() - before} {error}')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "bomb.bin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, megabytes, line = said.split(maxsplit=2)
+    assert float(seconds) < 1 and float(megabytes) < 300 and "artifact" in line, said
+
+
 def test_packing_is_quick():
     """2 M codes, where a search for matches would take many seconds."""
     tensors = {"blocks.0.mlp.fc.weight": quantized(2000, 1000, spread=2.85)}
