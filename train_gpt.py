@@ -1255,7 +1255,7 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, columns: int, std: float):
         super().__init__()
-        self.weight = nn.Parameter(std * torch.randn(rows, columns))
+        self.weight = nn.Parameter(torch.normal(0.0, std, (rows, columns)))
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
