@@ -125,7 +125,7 @@ def is_text(value: Any) -> bool:
 
 def is_relative(value: Any) -> bool:
     """Whether a JSON value is a plain path that cannot lead out of its folder."""
-    name = r"[\w-][\w.+ -]{0,99}"
+    name = r"[\w-][\w.+ -]{0,254}"
     return isinstance(value, str) and bool(re.fullmatch(rf"({name}/){{0,9}}{name}", value, re.ASCII))
 
 
@@ -711,12 +711,16 @@ class Part(NamedTuple):
 
 def check_kind(path: Path) -> None:
     """Raise PrepareError, which calls the path what it is, unless it is a file or a folder."""
-    if path.is_symlink() and not path.exists():
-        raise PrepareError(f"{path} is a link that leads nowhere; mend it or remove it")
-    if not path.exists():
-        raise PrepareError(f"{path}: no such file or folder")
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+            raise PrepareError(f"{path} is a link that leads nowhere; mend it or remove it") from None
+        if error.errno == errno.ENOENT:
+            raise PrepareError(f"{path}: no such file or folder") from None
+        raise
     for test, kind in KINDS.items():
-        if test(path.stat().st_mode):
+        if test(mode):
             raise PrepareError(f"{path} is {kind}, and text is read twice; save it as a .txt or .jsonl file")
 
 
@@ -944,7 +948,8 @@ def cut_document(part: Part, size: int, model: bytes | None) -> list[tuple[int, 
     inside = np.flatnonzero((held > 0) & (held < held[-1]))
     if not len(inside):
         return []
-    end = ends[inside[np.abs(held[inside] - size).argmin()]]
+    whole = len(normalize(tidy(text)))  # more than the sum, by the blanks between the parts
+    end = ends[inside[np.abs(held[inside] * (whole / held[-1]) - size).argmin()]]
     first, second = text[:end].encode(), text[end:].encode()
     rest = part._replace(start=part.start + len(first))
     return [record_of(part, first, model), record_of(rest, second, model)]
@@ -1163,27 +1168,28 @@ class Repository:
         # The hub's chunk cache would hold every file a second time; it is read when the package is imported.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         import huggingface_hub
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import get_session, logging
 
         logging.set_verbosity_error()
-        self.hub = huggingface_hub
+        self.hub, self.session = huggingface_hub, get_session
         self.repo, self.workers = repo, workers
         self.root = f"{prefix.strip('/')}/".lstrip("/")  # in front of every path
         self.stopping = threading.Event()
         self.lock, self.paused_until = threading.Lock(), 0.0
 
-    def pause(self, status: int, seconds: float) -> bool:
-        """Wait, which one thread of all says; whether the work has ended meanwhile."""
+    def pause(self, seconds: float, busy: str) -> bool:
+        """Wait; whether the work has ended meanwhile. Of threads that a busy hub holds back, one says so."""
         with self.lock:
-            if time.monotonic() >= self.paused_until:
-                print(f"the hub is busy (HTTP status {status}); next try in {seconds:.0f} s", flush=True)
+            if busy and time.monotonic() >= self.paused_until:
+                print(f"the hub is busy ({busy}); next try in {seconds:.0f} s", flush=True)
                 self.paused_until = time.monotonic() + seconds
         return self.stopping.wait(seconds)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """The action's value, tried again after what may pass. Raises PrepareError in the end."""
         for attempt in count(1):
-            hooks = self.hub.get_session().event_hooks["response"]  # the client of an earlier try may be gone
+            # Every time, because a failure may have replaced the client.
+            hooks = getattr(self.session(), "event_hooks", {}).get("response", [])
             if raise_if_busy not in hooks:
                 hooks.append(raise_if_busy)
             try:
@@ -1197,19 +1203,17 @@ class Repository:
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
                 final = status in (401, 403, 404) or getattr(error, "errno", None) == errno.ENOSPC
-                if status in BUSY:
-                    seconds = seconds_asked(response.headers)
-                    wait = min(LONGEST_WAIT, 2.0**attempt if seconds is None else max(1.0, seconds))
-                    given_up = attempt >= BUSY_ATTEMPTS or self.pause(status, wait)
-                else:
-                    given_up = final or attempt >= ATTEMPTS or self.stopping.wait(attempt)
-                if given_up:
+                asked = seconds_asked(response.headers) if status in BUSY else None
+                busy = status == 429 or asked is not None
+                wait = min(LONGEST_WAIT, max(1.0, asked or 2.0**attempt)) if busy else attempt
+                last = attempt >= (BUSY_ATTEMPTS if busy else ATTEMPTS)
+                if final or last or self.pause(wait, f"HTTP status {status}" if busy else ""):
                     raise remote_error(f"{what} of {self.repo}", error, status) from error
 
     def look_up(self, item: Item) -> Item:
         """The item with size and, where the hub has one, SHA-256."""
-        url = self.hub.hf_hub_url(self.repo, item.remote, repo_type="dataset")
-        metadata = self.attempt(item.remote, lambda: self.hub.get_hf_file_metadata(url))
+        url = lambda: self.hub.hf_hub_url(self.repo, item.remote, repo_type="dataset")
+        metadata = self.attempt(item.remote, lambda: self.hub.get_hf_file_metadata(url()))
         digest = metadata.etag if re.fullmatch(r"[0-9a-f]{64}", metadata.etag or "") else None
         return item._replace(bytes=metadata.size or 0, sha256=digest)
 
@@ -1256,9 +1260,9 @@ class Repository:
         return [future.result() for future in futures]
 
 
-def find_entry(manifest: Any, kind: str, name: str) -> dict[str, Any]:
+def find_entry(manifest: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
     """The manifest's entry of that name. Raises PrepareError that lists the names there are."""
-    entries = manifest.get(f"{kind}s") if isinstance(manifest, dict) else None
+    entries = manifest.get(f"{kind}s")
     entries = [e for e in entries if fits(e, {"name": is_text})] if isinstance(entries, list) else []
     for entry in entries:
         if entry["name"] == name:
@@ -1281,7 +1285,7 @@ def published_shards(dataset: dict[str, Any]) -> dict[str, int]:
     return published
 
 
-def tokenizer_paths(manifest: Any, dataset: dict[str, Any]) -> list[str]:
+def tokenizer_paths(manifest: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
     """Paths of a dataset's tokenizer files. Raises PrepareError for what must not become a path here."""
     if not fits(dataset, {"tokenizer_name": is_text}):
         raise PrepareError(f"the manifest's {dataset['name']} lacks tokenizer_name; check the repository")
@@ -1301,6 +1305,8 @@ def wanted_files(
 
     Raises PrepareError for a manifest without this dataset, with fewer training shards, or without sense.
     """
+    if not isinstance(manifest, dict):
+        raise PrepareError("the manifest is not an object of JSON; check the repository, then run again")
     dataset = find_entry(manifest, "dataset", folder.name)
     published = published_shards(dataset)
     train_shards = train_shards or min(DEFAULT_TRAIN_SHARDS, published["train"])
@@ -1406,6 +1412,8 @@ def run_fineweb(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"\w+", args.variant):
         raise PrepareError(f"--variant {args.variant}: not a variant; try sp1024")
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_OF_VARIANT.get(args.variant, DEFAULT_REPO)
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, re.ASCII):
+        raise PrepareError(f"MATCHED_FINEWEB_REPO_ID {repo}: not a repository; try {DEFAULT_REPO}")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX)
     made_by = {"command": "fineweb", "repository": repo, "prefix": prefix, "variant": args.variant}
     folder = args.root / "datasets" / f"fineweb10B_{args.variant}"
@@ -1640,7 +1648,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         problem = f"{error.name} is missing; pip install {error.name}, or pip install -r requirements.txt"
     except OSError as error:
-        place, hint = error.filename or "standard output", HINTS.get(error.errno, "check it and run again")
+        place = error.filename2 or error.filename or "standard output"
+        hint = HINTS.get(error.errno, "check it and run again")
         problem = f"{place}: {error.strerror or one_line(error)}; {hint}"
     except KeyboardInterrupt:
         problem = "interrupted; run the same command again"
