@@ -1,4 +1,4 @@
-"""Manifests and meta.json of any content, from seeds: data/prepare.py takes them or says in one line why not."""
+"""Seeded manifests and meta.json of any content: data/prepare.py takes them or says in one line why not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ MANIFEST = {
     ],
 }
 ODD = [
-    None, True, False, 0, -1, 1, 3, 101, 10_001, 300_000, 10**400, 2.0, 0.5, 1e308, float("nan"), float("inf"),
-    "", "3", "x" * 10_000, "two\nlines", "\x1b[31m", "nul\0", "\ud800", "\u2028", "日本", VARIANT, "sp_bpe_1024",
-    "../../up.model", "/etc/passwd", "..", ".", "a/", "~/x", "a\\b", "tokenizers/fineweb_1024_bpe.vocab",
-    f"datasets/{VARIANT}/fineweb_train_000000.bin", [], [[]], [None], [{}], {}, {"name": []}, {"name": {}},
-    {"name": VARIANT}, {"a": {"b": [1, {"c": None}]}},
+    None, True, False, 0, -1, 1, 3, 101, 10_001, 300_000, 10**400, 2.0, 0.5, 1e308,
+    float("nan"), float("inf"), "", "3", "x" * 10_000, "two\nlines", "\x1b[31m", "nul\0", "\ud800", "\u2028",
+    "日本", VARIANT, "sp_bpe_1024", "../../up.model", "/etc/passwd", "..", ".", "a/", "~/x", "a\\b",
+    "tokenizers/fineweb_1024_bpe.vocab", f"datasets/{VARIANT}/fineweb_train_000000.bin",
+    [], [[]], [None], [{}], {}, {"name": []}, {"name": {}}, {"name": VARIANT}, {"a": {"b": [1, {"c": None}]}},
 ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_fuzzed_manifests_are_taken_or_refused_in_a_line(tmp_path: Path) -> None
             )
         except prepare.PrepareError as error:
             (line,) = str(error).splitlines()
-            assert len(line) < 1000 and line.isprintable() or "\\ud800" in ascii(line), line
+            assert len(line) < 500 and line.isprintable(), line
             refused.add(line[:25])
             continue
         taken += 1
