@@ -697,7 +697,7 @@ CUT_AT = 0.1  # whole documents that miss the share by less are left whole
 # Place in the file, in its bytes; size and hash of the text as the tokenizer sees it.
 DOCUMENT = np.dtype(
     [("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("hash", "<u8"), ("size", "<u4")])
-NO_TEXT = bytes(range(33)) + b"\x7f"  # blanks and control characters
+SOME_TEXT = re.compile(rb"[^\x00-\x20\x7f\xc2\x80-\x9f]")  # in UTF-8, a byte of what is no control character
 
 
 class Part(NamedTuple):
@@ -776,11 +776,11 @@ def text_of(path: str, start: int, raw: bytes) -> str:
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     except (KeyError, TypeError, AttributeError):
         problem = "the line has no `text` field with a string; correct or remove it"
+    except UnicodeDecodeError as error:
+        start += error.start
+        problem = f"byte {start} is not UTF-8; convert the file"
     except (ValueError, RecursionError) as error:
         problem = f"the line is not JSON ({one_line(error)}); correct or remove it"
-        if not is_jsonl(path):
-            start += error.start
-            problem = f"byte {start} is not UTF-8; convert the file"
     with open(path, "rb") as file:
         before = (file.read(min(READ_BYTES, start - at)) for at in range(0, start, READ_BYTES))
         line = 1 + sum(block.count(b"\n") for block in before)
@@ -847,7 +847,7 @@ encoder_of = functools.lru_cache(maxsize=1)(Encoder)
 def record_of(part: Part, raw: bytes, model: bytes | None) -> tuple[int, ...] | None:
     """The DOCUMENT record of `raw`, which begins where the part does; None where it has no text."""
     text = normalizer_of(model)(tidy(text_of(part.path, part.start, raw)))
-    if not text.strip(NO_TEXT):
+    if not SOME_TEXT.search(text):
         return None
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     return part.file, part.start, len(raw), digest, len(text)
@@ -944,7 +944,8 @@ def cut_document(part: Part, size: int, model: bytes | None) -> list[tuple[int, 
     """
     text, normalize = text_of(part.path, part.start, read_part(part)), normalizer_of(model)
     ends = list(break_points(text, max(16, size // 16)))
-    held = np.cumsum([len(normalize(text[start:end]).strip(NO_TEXT)) for start, end in pairwise([0, *ends])])
+    parts = [normalize(text[start:end]) for start, end in pairwise([0, *ends])]
+    held = np.cumsum([len(part) if SOME_TEXT.search(part) else 0 for part in parts])
     inside = np.flatnonzero((held > 0) & (held < held[-1]))
     if not len(inside):
         return []
@@ -958,12 +959,14 @@ def cut_document(part: Part, size: int, model: bytes | None) -> list[tuple[int, 
 def take_share(sizes: np.ndarray, fixed: np.ndarray, share: int) -> tuple[np.ndarray, int, int]:
     """Which documents come to about `share` bytes, (documents,) bool: the first ones, whole.
 
-    fixed: which cannot be cut. One of those that is larger than the share is passed over where others do.
-    Then the document in which the share ends, and how many bytes of it would make the share exact.
+    fixed: which cannot be cut. One of those that is larger than the share is passed over, unless the others
+    are too little and it leaves half of the text.
+    Also the document in which the share ends, and how many bytes of it would make the share exact.
     """
     small = ~fixed | (sizes <= share)
-    if sizes[small].sum() < share and not small.all():
-        small |= sizes <= sizes[~small].min()
+    others, held = sizes[~small], sizes[small].sum()
+    if len(others) and 2 * held < share and (2 * others.min() <= sizes.sum() or not held):
+        small |= sizes <= others.min()
     taken = np.cumsum(sizes * small)
     last = min(int(np.searchsorted(taken, share)), len(sizes) - 1)
     before = int(taken[last] - sizes[last] * small[last])
@@ -987,7 +990,8 @@ def divide(
         share = max(1, least, int(sizes.sum() * (args.val_fraction or DEFAULT_VAL_FRACTION)))
         fixed = np.array([is_jsonl(path.name) for path in files])[index["file"]]
         chosen, last, missing = take_share(sizes, fixed, share)
-        if not fixed[last] and abs(sizes[chosen].sum() - share) > share * CUT_AT:
+        missed = abs(sizes[chosen].sum() - share) > share * CUT_AT
+        if missed and not fixed[last] and missing < sizes[last]:
             (part,) = Documents(files, index[last : last + 1]).parts()
             cut = cut_document(part, missing, model)
     if cut:
@@ -1022,8 +1026,8 @@ def scan_files(
         empty += skipped
     index = np.frombuffer(found, dtype=DOCUMENT)
     if not len(index):
-        found_instead = f"{empty} with nothing but blanks and control characters"
-        raise PrepareError(f"no document with any text in it, {found_instead}; check the files")
+        blank = f"{empty} hold nothing but blanks and control characters"
+        raise PrepareError(f"no document with any text in it ({blank}); check the files")
     if args.shuffle_seed is not None:
         np.random.default_rng(args.shuffle_seed).shuffle(index)
     train, val, dropped = divide(files, index, args, model)
@@ -1627,8 +1631,6 @@ HINTS = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "free some space and run again",
     errno.EACCES: "change its permissions, leave it out or choose another place",
-    errno.EPERM: "change its permissions, leave it out or choose another place",
-    errno.EROFS: "choose another place with --root",
     errno.EEXIST: "a folder is needed here; move the file away or choose another place",
     errno.ENOTDIR: "a folder is needed above it; move the file there away or choose another place",
     errno.EISDIR: "a file is needed here; move the folder away or choose another place",

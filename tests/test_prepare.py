@@ -569,6 +569,15 @@ def test_text_a_copy_of_what_is_cut_stays_out_of_training(tmp_path: Path, model_
     assert json.loads(next(tmp_path.rglob("meta.json")).read_text())["duplicates_dropped"] == 1
 
 
+def test_text_too_small_for_the_share_is_not_cut(tmp_path: Path, model_file: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [paragraphs(1, 20)])
+    (tmp_path / "b.txt").write_text(paragraphs(2, 2))
+    options = ["--tokenizer", model_file, "--val-fraction", 0.5, "--root", tmp_path / "out"]
+    call("text", tmp_path / "a.jsonl", tmp_path / "b.txt", "--name", "t", *options)
+    assert texts_of(tmp_path / "out", "t_sp400", "val") == [squeezed(paragraphs(2, 2))]
+    assert texts_of(tmp_path / "out", "t_sp400", "train") == [squeezed(paragraphs(1, 20))]
+
+
 TAKEN = {
     "first ones": ([10] * 100, [1] * 100, 30, range(3)),
     "nearer without": ([10, 10, 10, 10, 60], [1] * 5, 24, [0, 1]),
@@ -577,6 +586,7 @@ TAKEN = {
     "large text begun": ([500, 5, 5, 5, 400], [0] * 5, 10, [0]),
     "large lines only": ([300, 200, 500], [1] * 3, 10, [1]),
     "too little without a large line": ([300, 1, 200, 500], [1] * 4, 100, [1, 2]),
+    "nothing but a large line would do": ([1000, 5], [1, 1], 10, [1]),
     "one": ([7], [1], 1, [0]),
 }
 
@@ -706,15 +716,15 @@ BAD_SOURCES = {
     "no string": ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: the line has no `text` field"),
     "no object": ("a.jsonl", b"[1]\n", "a.jsonl:1: the line has no `text` field"),
     "not UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9\n", "a.txt:3: byte 11 is not UTF-8"),
-    "JSON not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl:1: the line is not JSON"),
+    "JSON not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl:1: byte 13 is not UTF-8; convert"),
     "other file": ("a.csv", b"x", "no .txt or .jsonl file"),
     "empty": ("a.txt", b"", "no document with any text"),
     "one document": ("a.txt", b"alone", "leave none for training"),
-    "NUL only": ("a.txt", b"\0" * 5000, "no document with any text in it, 1 with nothing but blanks and"),
+    "NUL only": ("a.txt", b"\0" * 5000, "text in it (1 hold nothing but blanks and control"),
     "controls only": (
         "a.jsonl",
-        b'{"text": "\\u0000 \\u0001\\u007f"}\n' * 3,
-        "it, 3 with nothing but blanks",
+        b'{"text": "\\u0000 \\u0001\\u0085"}\n' * 3,
+        "it (3 hold nothing",
     ),
     "BOM only": ("a.txt", b"\xef\xbb\xbf", "no document with any text in it"),
     "two texts of a word": ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n', "the text carries"),
