@@ -13,8 +13,14 @@ Contents: 1 errors and files, 2 shards, 3 tokenizer and byte rule, 4 pieces, 5 d
 """
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  an older Python would fail below, and not in one line
+    sys.exit("error: Python 3.11 or newer is needed, this is " + ".".join(map(str, sys.version_info[:3])))
+
 import argparse
 import contextlib
+import email.utils
 import errno
 import functools
 import hashlib
@@ -25,17 +31,18 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
-import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
@@ -48,8 +55,30 @@ import numpy as np
 # written beside its place, flushed to the disk, then renamed.
 
 
+# What would end a line or steer a terminal, in a file's name or in what a server sent.
+CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160), 0x2028, 0x2029]}
+
+
+def shown(text: object) -> str:
+    """`text` with its control characters escaped, in one line."""
+    return str(text).translate(CONTROLS)
+
+
 class PrepareError(Exception):
     """What is wrong and what to do about it, in one line."""
+
+    def __init__(self, problem: str):
+        super().__init__(shown(problem))
+
+
+@contextlib.contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Give this name to a system's error that has none, such as a full disk while a file is written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -58,22 +87,46 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        # What made the block fail may forbid this too, and is the error to report.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an empty one where the file is absent, damaged or something else."""
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`; None where the file is absent or damaged."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a test, or by key the shapes that an object must have."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+    return shape(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a number of things."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_text(value: Any) -> bool:
+    """Whether a JSON value is a line of text."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def is_relative(value: Any) -> bool:
+    """Whether a JSON value is a plain path that cannot lead out of its folder."""
+    name = r"[\w-][\w.+ -]{0,254}"
+    return isinstance(value, str) and bool(re.fullmatch(rf"({name}/){{0,9}}{name}", value, re.ASCII))
 
 
 def sha256_of(path: Path) -> str:
@@ -256,6 +309,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     except (RuntimeError, OSError) as error:
         reason = one_line(error).rpartition("] ")[2]
         advice = f"try another --vocab-size ({reason})"
+        # Every character that is frequent enough is a piece, which alone is more than the vocabulary holds.
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+            single = f"single bytes and characters of this text alone fill {needed[1]}"
+            advice = f"{single}; raise --vocab-size above it, better to twice as many"
         raise PrepareError(f"no tokenizer of {vocab_size} pieces; {advice}") from None
     got = load_tokenizer(model.getvalue()).vocab_size()
     if got != vocab_size:
@@ -360,6 +417,18 @@ def tidy(text: str) -> str:
 # and `meta.json`, written last, declares the folder complete.
 
 META = "meta.json"
+COUNTS = {"train": is_count, "val": is_count}
+META_SHAPE = {
+    "dataset": is_text,
+    "tokenizer": lambda value: value is None or is_relative(value),
+    "vocab_size": lambda value: value is None or is_count(value),
+    "splits": {split: {"tokens": is_count, "shards": is_count} for split in SPLITS},
+    "corpus": is_text,
+    "made_by": {"command": is_text},
+    "files": lambda value: isinstance(value, dict) and all(
+        is_relative(name) and fits(entry, {"bytes": is_count, "sha256": is_text})
+        for name, entry in value.items()),
+}
 READY = "{} is ready ({}); nothing to do"
 DECODED_DOCUMENTS = 2_000
 
@@ -407,6 +476,15 @@ def survey(folder: Path, split: str, rule: ByteRule) -> Totals:
     return totals
 
 
+def load_meta(folder: Path) -> dict[str, Any]:
+    """meta.json as `write_meta` leaves it; an empty dictionary where it is absent or damaged."""
+    meta = read_json(folder / META)
+    if not fits(meta, META_SHAPE):
+        return {}
+    downloaded = meta["made_by"]["command"] == "fineweb"
+    return meta if fits(meta, {"published": COUNTS} if downloaded else {}) else {}
+
+
 def is_whole(path: Path, size: int) -> bool:
     """Whether a file has this size and, if it is a shard, a header that agrees."""
     try:
@@ -416,14 +494,14 @@ def is_whole(path: Path, size: int) -> bool:
 
 
 def whole_files(root: Path, meta: dict[str, Any]) -> dict[Path, str]:
-    """SHA-256 by path of the files in meta.json that are whole, by their sizes and headers."""
+    """SHA-256 by path of the files in a meta.json that are whole, by their sizes and headers."""
     files = meta.get("files", {})
     return {root / name: e["sha256"] for name, e in files.items() if is_whole(root / name, e["bytes"])}
 
 
 def read_meta(root: Path, folder: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """meta.json of a complete dataset that was made this way, else None."""
-    meta = read_json(folder / META)
+    meta = load_meta(folder)
     whole = meta.get("made_by") == made_by and len(whole_files(root, meta)) == len(meta["files"])
     return meta if whole else None
 
@@ -434,7 +512,9 @@ def write_meta(root: Path, folder: Path, about: dict[str, Any], digests: dict[Pa
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": digest or sha256_of(path)}
         for path, digest in digests.items()}
     with atomic(folder / META) as file:
-        file.write(json.dumps({**about, "files": files}, indent=2, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps({**about, "files": files}, indent=2, ensure_ascii=False) + "\n"
+        # Bytes of a path that are no UTF-8 are halves of surrogate pairs here, which JSON can escape.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_split(folder: Path, split: str, batches: Iterable[Encoded], limit: int) -> Totals:
@@ -597,19 +677,27 @@ def run_sotu(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # 7. Own text
-# Two passes over the files, both on all cores. The first finds the documents and keeps 24 bytes for each:
-# file, place, hash. Order, split and duplicates are settled on those. The second reads the documents where
-# they lie, in their order, and tokenizes them. Text is in memory only a few batches at a time.
+# Two passes over the files, both on all cores. The first finds the documents and keeps 28 bytes for each:
+# file, place, hash, size. Order, split and duplicates are settled on those. The second reads the documents
+# where they lie, in their order, and tokenizes them. Text is in memory only a few batches at a time.
 
 SUFFIXES = (".txt", ".jsonl")
+KINDS = {
+    stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
 READ_BYTES = 1 << 20
 LONG_TEXT_BYTES = 1 << 20  # a longer .txt file is cut into pieces
 SPAN_BYTES = 4 << 20  # what one task of the first pass reads
 BATCH_BYTES = 1 << 20  # what one task of the second pass reads
 TASK_PARTS = 4_096
 TOKENIZER_SAMPLE_BYTES = 64 << 20
-DEFAULT_VAL_FRACTION = 0.01
-DOCUMENT = np.dtype([("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("hash", "<u8")])
+# By default validation is a hundredth of the text, but enough to score (some thousand tokens) where a tenth
+# of the text allows it.
+DEFAULT_VAL_FRACTION, LARGEST_DEFAULT, SCORABLE_BYTES = 0.01, 0.1, 16 << 10
+CUT_AT = 0.1  # whole documents that miss the share by less are left whole
+# Place in the file, in its bytes; size and hash of the text as the tokenizer sees it.
+DOCUMENT = np.dtype(
+    [("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("hash", "<u8"), ("size", "<u4")])
+SOME_TEXT = re.compile(rb"[^\x00-\x20\x7f\xc2\x80-\x9f]")  # in UTF-8, a byte of what is no control character
 
 
 class Part(NamedTuple):
@@ -621,18 +709,55 @@ class Part(NamedTuple):
     length: int
 
 
+def check_kind(path: Path) -> None:
+    """Raise PrepareError, which calls the path what it is, unless it is a file or a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+            raise PrepareError(f"{path} is a link that leads nowhere; mend it or remove it") from None
+        if error.errno == errno.ENOENT:
+            raise PrepareError(f"{path}: no such file or folder") from None
+        raise
+    for test, kind in KINDS.items():
+        if test(mode):
+            raise PrepareError(f"{path} is {kind}, and text is read twice; save it as a .txt or .jsonl file")
+
+
+def texts_below(folder: Path) -> tuple[list[Path], int]:
+    """What has the name of a text in a folder and below it, in order, and how many hidden names it has.
+
+    Hidden are names that begin with a dot: what other programs keep beside a text, and often of its kind.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, hidden = [], 0
+    for place, folders, names in os.walk(folder, onerror=fail):
+        texts = [name for name in names if Path(name.lstrip(".")).suffix.lower() in SUFFIXES]
+        hidden += sum(name.startswith(".") for name in folders + texts)
+        found += [Path(place, name) for name in texts if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(found), hidden
+
+
 def find_files(paths: list[Path]) -> list[Path]:
     """The .txt and .jsonl files among the paths and below them, each once; PrepareError if there are none."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in paths:
-        if not path.exists():
-            raise PrepareError(f"{path}: no such file or folder")
-        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-        texts = [p for p in candidates if p.suffix.lower() in SUFFIXES and p.is_file()]
+        check_kind(path)
+        texts, hidden = texts_below(path) if path.is_dir() else ([path], 0)
+        if hidden:
+            print(f"{shown(path)}: hidden names, which begin with a dot, are not read:{hidden}")
+        texts = [text.absolute() for text in texts if text.suffix.lower() in SUFFIXES]
         if not texts:
-            raise PrepareError(f"{path}: no .txt or .jsonl file here, and no other kind can be read")
-        found.update(dict.fromkeys(p.resolve() for p in texts))
-    return list(found)
+            what = "no .txt or .jsonl file in this folder" if path.is_dir() else "no .txt or .jsonl file"
+            raise PrepareError(f"{path}: {what}, and no other kind can be read")
+        for text in texts:
+            check_kind(text)
+            found.setdefault(text.resolve(), text)  # the name decides what is in it, not the link's target
+    return list(found.values())
 
 
 def is_jsonl(path: str) -> bool:
@@ -651,11 +776,11 @@ def text_of(path: str, start: int, raw: bytes) -> str:
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     except (KeyError, TypeError, AttributeError):
         problem = "the line has no `text` field with a string; correct or remove it"
+    except UnicodeDecodeError as error:
+        start += error.start
+        problem = f"byte {start} is not UTF-8; convert the file"
     except (ValueError, RecursionError) as error:
         problem = f"the line is not JSON ({one_line(error)}); correct or remove it"
-        if not is_jsonl(path):
-            start += error.start
-            problem = f"byte {start} is not UTF-8; convert the file"
     with open(path, "rb") as file:
         before = (file.read(min(READ_BYTES, start - at)) for at in range(0, start, READ_BYTES))
         line = 1 + sum(block.count(b"\n") for block in before)
@@ -664,7 +789,7 @@ def text_of(path: str, start: int, raw: bytes) -> str:
 
 def read_part(part: Part) -> bytes:
     """The bytes of a part of a file."""
-    with open(part.path, "rb") as file:
+    with named(part.path), open(part.path, "rb") as file:
         file.seek(part.start)
         return file.read(part.length)
 
@@ -719,18 +844,21 @@ normalizer_of = functools.lru_cache(maxsize=1)(normalizer)
 encoder_of = functools.lru_cache(maxsize=1)(Encoder)
 
 
+def record_of(part: Part, raw: bytes, model: bytes | None) -> tuple[int, ...] | None:
+    """The DOCUMENT record of `raw`, which begins where the part does; None where it has no text."""
+    text = normalizer_of(model)(tidy(text_of(part.path, part.start, raw)))
+    if not SOME_TEXT.search(text):
+        return None
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return part.file, part.start, len(raw), digest, len(text)
+
+
 def scan_spans(spans: list[Part], model: bytes | None) -> tuple[bytes, int]:
     """First pass: DOCUMENT records of the spans, as bytes, and the number of empty documents."""
-    normalize, records, empty = normalizer_of(model), [], 0
-    for span in spans:
-        for start, raw in documents_in(span):
-            text = normalize(tidy(text_of(span.path, start, raw)))
-            if text.strip():
-                digest = hashlib.blake2b(text, digest_size=8).digest()
-                records.append((span.file, start, len(raw), int.from_bytes(digest, "little")))
-            else:
-                empty += 1
-    return np.array(records, dtype=DOCUMENT).tobytes(), empty
+    places = ((span._replace(start=start), raw) for span in spans for start, raw in documents_in(span))
+    found = [record_of(part, raw, model) for part, raw in places]
+    records = [record for record in found if record]
+    return np.array(records, dtype=DOCUMENT).tobytes(), len(found) - len(records)
 
 
 def encode_documents(documents: list[Part], model: bytes) -> Encoded:
@@ -751,7 +879,7 @@ class Documents:
     def parts(self) -> Iterator[Part]:
         """Where the documents lie; the records become Python's numbers a block at a time."""
         blocks = (self.index[start : start + (1 << 16)] for start in range(0, len(self.index), 1 << 16))
-        for number, start, length, _ in chain.from_iterable(block.tolist() for block in blocks):
+        for number, start, length, *_ in chain.from_iterable(block.tolist() for block in blocks):
             yield Part(number, str(self.files[number]), start, length)
 
 
@@ -809,18 +937,82 @@ def is_member(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return found
 
 
-def divide(index: np.ndarray, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, int]:
-    """Training and validation documents, and how many duplicates of validation were dropped from training."""
-    count = args.val_documents or max(1, round(len(index) * args.val_fraction))
-    if count >= len(index):
+def cut_document(part: Part, size: int, model: bytes | None) -> list[tuple[int, ...] | None]:
+    """DOCUMENT records of the two parts of a .txt document, the first of about `size` bytes of text.
+
+    Empty where it cannot be cut so that both have text.
+    """
+    text, normalize = text_of(part.path, part.start, read_part(part)), normalizer_of(model)
+    ends = list(break_points(text, max(16, size // 16)))
+    parts = [normalize(text[start:end]) for start, end in pairwise([0, *ends])]
+    held = np.cumsum([len(part) if SOME_TEXT.search(part) else 0 for part in parts])
+    inside = np.flatnonzero((held > 0) & (held < held[-1]))
+    if not len(inside):
+        return []
+    whole = len(normalize(tidy(text)))  # more than the sum, by the blanks between the parts
+    end = ends[inside[np.abs(held[inside] * (whole / held[-1]) - size).argmin()]]
+    first, second = text[:end].encode(), text[end:].encode()
+    rest = part._replace(start=part.start + len(first))
+    return [record_of(part, first, model), record_of(rest, second, model)]
+
+
+def take_share(sizes: np.ndarray, fixed: np.ndarray, share: int) -> tuple[np.ndarray, int, int]:
+    """Which documents come to about `share` bytes, (documents,) bool: the first ones, whole.
+
+    fixed: which cannot be cut. One of those that is larger than the share is passed over, unless the others
+    are too little and it leaves half of the text.
+    Also the document in which the share ends, and how many bytes of it would make the share exact.
+    """
+    small = ~fixed | (sizes <= share)
+    others, held = sizes[~small], sizes[small].sum()
+    if len(others) and 2 * held < share and (2 * others.min() <= sizes.sum() or not held):
+        small |= sizes <= others.min()
+    taken = np.cumsum(sizes * small)
+    last = min(int(np.searchsorted(taken, share)), len(sizes) - 1)
+    before = int(taken[last] - sizes[last] * small[last])
+    # Whichever is nearer, with it or without; but half of the share at least.
+    end = last + (2 * (share - before) > sizes[last] or 2 * before < share)
+    small[end:] = False
+    return small, last, share - before
+
+
+def divide(
+    files: list[Path], index: np.ndarray, args: argparse.Namespace, model: bytes | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Training and validation documents, and how many duplicates of validation were dropped from training.
+
+    A document that is cut for validation leaves its second part in its place in the index.
+    """
+    sizes, chosen, cut = index["size"].astype(np.int64), np.zeros(len(index), dtype=bool), []
+    chosen[: args.val_documents or 0] = True
+    if not args.val_documents:
+        least = min(SCORABLE_BYTES, int(sizes.sum() * LARGEST_DEFAULT)) if args.val_fraction is None else 0
+        share = max(1, least, int(sizes.sum() * (args.val_fraction or DEFAULT_VAL_FRACTION)))
+        fixed = np.array([is_jsonl(path.name) for path in files])[index["file"]]
+        chosen, last, missing = take_share(sizes, fixed, share)
+        missed = abs(sizes[chosen].sum() - share) > share * CUT_AT
+        if missed and not fixed[last] and missing < sizes[last]:
+            (part,) = Documents(files, index[last : last + 1]).parts()
+            cut = cut_document(part, missing, model)
+    if cut:
+        chosen[last:] = False
+    validation = np.append(index[chosen], np.array(cut[:1], dtype=DOCUMENT))
+    seen = validation["hash"]
+    if cut:  # a copy of the whole document holds its first part too
+        seen = np.append(seen, index["hash"][last])
+        index[last] = cut[1]
+    if chosen.all():
         raise PrepareError(
-            f"{len(index)} documents leave none for training after {count} for validation; "
+            f"{len(index)} document(s) leave none for training after {chosen.sum()} for validation; "
             "add text or lower --val-documents or --val-fraction")
-    validation, training = index[:count].copy(), index[count:]  # no view, so that the index can go
-    duplicate = is_member(training["hash"], np.sort(validation["hash"]))
-    if duplicate.all():
+    duplicate = is_member(index["hash"], np.sort(seen)) & ~chosen
+    training = index[~(chosen | duplicate)]
+    if not len(training):
         raise PrepareError("every training document equals a validation document; add other text")
-    return training[~duplicate], validation, int(duplicate.sum())
+    where = f" cut_in:{shown(part.path)}" if cut else ""
+    size = validation["size"].sum()
+    print(f"validation documents:{len(validation)} bytes:{size} share:{size / sizes.sum():.2%}{where}")
+    return training, validation, int(duplicate.sum())
 
 
 def scan_files(
@@ -834,12 +1026,13 @@ def scan_files(
         empty += skipped
     index = np.frombuffer(found, dtype=DOCUMENT)
     if not len(index):
-        raise PrepareError("no document with any text in it; check the files")
+        blank = f"{empty} hold nothing but blanks and control characters"
+        raise PrepareError(f"no document with any text in it ({blank}); check the files")
     if args.shuffle_seed is not None:
         np.random.default_rng(args.shuffle_seed).shuffle(index)
-    train, val, dropped = divide(index, args)
+    train, val, dropped = divide(files, index, args, model)
     counts = f"empty:{empty} train:{len(train)} val:{len(val)} duplicates_dropped:{dropped}"
-    print(f"documents:{len(index)} {counts}")
+    print(f"documents:{len(train) + len(val) + dropped} {counts}")
     texts = {"train": Documents(files, train), "val": Documents(files, val)}
     return texts, {"empty": empty, "duplicates_dropped": dropped}
 
@@ -850,7 +1043,7 @@ def text_settings(args: argparse.Namespace, files: list[Path], model: bytes | No
     return dict(
         command="text", paths=[str(path) for path in args.paths], files=len(files),
         sources=hashlib.sha256(json.dumps(stats).encode()).hexdigest(), shuffle_seed=args.shuffle_seed,
-        val_fraction=None if args.val_documents else args.val_fraction, val_documents=args.val_documents,
+        val_share=args.val_fraction, val_documents=args.val_documents,
         shard_tokens=args.shard_tokens, vocab_size=args.vocab_size,
         tokenizer=model and hashlib.sha256(model).hexdigest())
 
@@ -918,6 +1111,9 @@ DEFAULT_PREFIX = "datasets"
 DEFAULT_TRAIN_SHARDS = 80
 TOKENIZER_FIELDS = ("model_path", "vocab_path", "path")
 ATTEMPTS = 3
+BUSY, BUSY_ATTEMPTS, LONGEST_WAIT = (429, 503), 6, 60.0  # statuses that ask for patience; seconds of it
+MOST_SHARDS = {"train": 10_000, "val": 100}  # a hundred times what is published; each takes a request
+NAMES_LISTED = 8
 SPARE_BYTES = 256 << 20
 
 
@@ -944,8 +1140,29 @@ def remote_error(what: str, error: Exception, status: int | None) -> PrepareErro
         return PrepareError(f"{what} is not there (404); {advice}")
     if status in (401, 403):
         return PrepareError(f"{what} is not open to you ({status}); check the repository, or set HF_TOKEN")
+    if status == 429:
+        advice = "wait some minutes, or set HF_TOKEN for a higher limit, and run again"
+        return PrepareError(f"{what} is held back by the hub's rate limit (429); {advice}")
     reason = f"HTTP status {status}" if status else one_line(error) or type(error).__name__
     return PrepareError(f"{what} cannot be fetched ({reason}); check network and HF_ENDPOINT, then run again")
+
+
+def seconds_asked(headers: Mapping[str, str]) -> float | None:
+    """For how long an answer asks to be left alone, in seconds; None where it does not."""
+    asked = headers.get("Retry-After") or ""
+    reset = re.search(r";\s*t=(\d{1,9})\b", headers.get("RateLimit") or "")
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if re.fullmatch(r"\s*\d{1,9}\s*", asked):
+            return float(asked)
+        if asked:
+            return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+    return float(reset[1]) if reset else None
+
+
+def raise_if_busy(response: Any) -> None:
+    """A hook for the hub's client, which else would wait by itself, in silence and without a bound."""
+    if response.status_code in BUSY:
+        response.raise_for_status()
 
 
 class Repository:
@@ -955,33 +1172,52 @@ class Repository:
         # The hub's chunk cache would hold every file a second time; it is read when the package is imported.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         import huggingface_hub
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import get_session, logging
 
         logging.set_verbosity_error()
-        self.hub = huggingface_hub
+        self.hub, self.session = huggingface_hub, get_session
         self.repo, self.workers = repo, workers
         self.root = f"{prefix.strip('/')}/".lstrip("/")  # in front of every path
         self.stopping = threading.Event()
+        self.lock, self.paused_until = threading.Lock(), 0.0
+
+    def pause(self, seconds: float, busy: str) -> bool:
+        """Wait; whether the work has ended meanwhile. Of threads that a busy hub holds back, one says so."""
+        with self.lock:
+            if busy and time.monotonic() >= self.paused_until:
+                print(f"the hub is busy ({busy}); next try in {seconds:.0f} s", flush=True)
+                self.paused_until = time.monotonic() + seconds
+        return self.stopping.wait(seconds)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> Any:
         """The action's value, tried again after what may pass. Raises PrepareError in the end."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in count(1):
+            # Every time, because a failure may have replaced the client.
+            hooks = getattr(self.session(), "event_hooks", {}).get("response", [])
+            if raise_if_busy not in hooks:
+                hooks.append(raise_if_busy)
             try:
                 return action()
             except PrepareError:
                 raise
             # The hub's client raises from several unrelated families, its transports' own among them.
             except Exception as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                if isinstance(error, OSError) and error.filename:
+                    raise  # the disk's, not the network's
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", None)
                 final = status in (401, 403, 404) or getattr(error, "errno", None) == errno.ENOSPC
-                if final or attempt == ATTEMPTS or self.stopping.wait(attempt):
+                asked = seconds_asked(response.headers) if status in BUSY else None
+                busy = status == 429 or asked is not None
+                wait = min(LONGEST_WAIT, max(1.0, asked or 2.0**attempt)) if busy else attempt
+                last = attempt >= (BUSY_ATTEMPTS if busy else ATTEMPTS)
+                if final or last or self.pause(wait, f"HTTP status {status}" if busy else ""):
                     raise remote_error(f"{what} of {self.repo}", error, status) from error
-        raise AssertionError("unreachable")
 
     def look_up(self, item: Item) -> Item:
         """The item with size and, where the hub has one, SHA-256."""
-        url = self.hub.hf_hub_url(self.repo, item.remote, repo_type="dataset")
-        metadata = self.attempt(item.remote, lambda: self.hub.get_hf_file_metadata(url))
+        url = lambda: self.hub.hf_hub_url(self.repo, item.remote, repo_type="dataset")
+        metadata = self.attempt(item.remote, lambda: self.hub.get_hf_file_metadata(url()))
         digest = metadata.etag if re.fullmatch(r"[0-9a-f]{64}", metadata.etag or "") else None
         return item._replace(bytes=metadata.size or 0, sha256=digest)
 
@@ -1028,28 +1264,55 @@ class Repository:
         return [future.result() for future in futures]
 
 
-def find_entry(entries: Any, name: str, what: str) -> dict[str, Any]:
+def find_entry(manifest: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
     """The manifest's entry of that name. Raises PrepareError that lists the names there are."""
-    named = {entry["name"]: entry for entry in entries or [] if isinstance(entry, dict) and "name" in entry}
-    if name not in named:
-        raise PrepareError(f"the manifest has no {what} {name}, only {', '.join(sorted(named)) or 'none'}")
-    return named[name]
+    entries = manifest.get(f"{kind}s")
+    entries = [e for e in entries if fits(e, {"name": is_text})] if isinstance(entries, list) else []
+    for entry in entries:
+        if entry["name"] == name:
+            return entry
+    names = sorted(entry["name"][:40] for entry in entries)
+    known = ", ".join(names[:NAMES_LISTED]) + ", ..." * (len(names) > NAMES_LISTED)
+    raise PrepareError(f"the manifest has no {kind} {name[:40]}, only {known or 'none'}")
+
+
+def published_shards(dataset: dict[str, Any]) -> dict[str, int]:
+    """How many shards a manifest's entry has, by split. Raises PrepareError for what cannot be true."""
+    published = {}
+    for split in SPLITS:
+        stats = dataset.get("stats")
+        count = stats.get(f"files_{split}") if isinstance(stats, dict) else None
+        if not is_count(count) or not 1 <= count <= MOST_SHARDS[split]:
+            says = f"the manifest says files_{split}: {repr(count):.40} of {dataset['name']}"
+            raise PrepareError(f"{says}, not a number from 1 to {MOST_SHARDS[split]}; check the repository")
+        published[split] = count
+    return published
+
+
+def tokenizer_paths(manifest: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
+    """Paths of a dataset's tokenizer files. Raises PrepareError for what must not become a path here."""
+    if not fits(dataset, {"tokenizer_name": is_text}):
+        raise PrepareError(f"the manifest's {dataset['name']} lacks tokenizer_name; check the repository")
+    tokenizer = find_entry(manifest, "tokenizer", dataset["tokenizer_name"])
+    paths = [tokenizer[field] for field in TOKENIZER_FIELDS if tokenizer.get(field)]
+    for path in paths:
+        if not is_relative(path):
+            problem = "no path below its root in plain letters"
+            raise PrepareError(f"the manifest names {repr(path):.60}, {problem}; do not use it")
+    return list(dict.fromkeys(paths))
 
 
 def wanted_files(
-    root: str, manifest: dict[str, Any], folder: Path, train_shards: int | None
+    root: str, manifest: Any, folder: Path, train_shards: int | None
 ) -> tuple[list[Item], dict[str, int]]:
     """Shards and tokenizer files to have, and how many shards are published, by split.
 
-    Raises PrepareError for a manifest without this dataset, or with fewer training shards.
+    Raises PrepareError for a manifest without this dataset, with fewer training shards, or without sense.
     """
-    dataset = find_entry(manifest.get("datasets"), folder.name, "dataset")
-    try:
-        published = {split: int(dataset["stats"][f"files_{split}"]) for split in SPLITS}
-        tokenizer = find_entry(manifest.get("tokenizers"), dataset["tokenizer_name"], "tokenizer")
-    except (KeyError, TypeError, ValueError):
-        lacks = "lacks files_train, files_val or tokenizer_name; check the repository"
-        raise PrepareError(f"the manifest's entry {folder.name} {lacks}") from None
+    if not isinstance(manifest, dict):
+        raise PrepareError("the manifest is not an object of JSON; check the repository, then run again")
+    dataset = find_entry(manifest, "dataset", folder.name)
+    published = published_shards(dataset)
     train_shards = train_shards or min(DEFAULT_TRAIN_SHARDS, published["train"])
     if train_shards > published["train"]:
         has = f"{folder.name} has {published['train']} training shards"
@@ -1057,10 +1320,11 @@ def wanted_files(
     counts = {"train": train_shards, "val": published["val"]}
     names = [shard_name(split, number) for split in SPLITS for number in range(counts[split])]
     places = {f"datasets/{folder.name}/{name}": folder / name for name in names}
-    for path in [tokenizer[field] for field in TOKENIZER_FIELDS if tokenizer.get(field)]:
-        if not isinstance(path, str) or path.startswith("/") or ".." in PurePosixPath(path).parts:
-            raise PrepareError(f"the manifest names {path!r}, which is no path below its root; do not use it")
-        places[path] = folder.parent.parent / "tokenizers" / PurePosixPath(path).name
+    for path in tokenizer_paths(manifest, dataset):
+        local = folder.parent.parent / "tokenizers" / PurePosixPath(path).name
+        if local in places.values() or path in places:
+            raise PrepareError(f"the manifest has two files that become {local.name} here; do not use it")
+        places[path] = local
     return [Item(root + remote, local) for remote, local in places.items()], published
 
 
@@ -1080,7 +1344,7 @@ def install(path: Path, item: Item) -> None:
         raise PrepareError(f"{item.remote}: arrived damaged, its SHA-256 differs; run again")
     if not is_whole(path, size):
         raise PrepareError(f"{item.remote}: the repository's file is not a shard ({size} bytes)")
-    with open(path, "rb+") as file:
+    with named(item.local), open(path, "rb+") as file:
         os.fsync(file.fileno())
     item.local.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, item.local)
@@ -1128,7 +1392,7 @@ def build_fineweb(args: argparse.Namespace, folder: Path, made_by: dict[str, Any
         manifest_path = repository.download(manifest, staging, bar)
     wanted, published = wanted_files(repository.root, read_json(manifest_path), folder, args.train_shards)
     items = repository.in_threads(repository.look_up, wanted)
-    known = whole_files(args.root, read_json(folder / META))
+    known = whole_files(args.root, load_meta(folder))
     good = repository.in_threads(functools.partial(is_good, known=known), items)
     missing = [item for item, present in zip(items, good) if not present]
     announce_download(items, missing, args.dry_run)
@@ -1152,6 +1416,8 @@ def run_fineweb(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"\w+", args.variant):
         raise PrepareError(f"--variant {args.variant}: not a variant; try sp1024")
     repo = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPO_OF_VARIANT.get(args.variant, DEFAULT_REPO)
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo, re.ASCII):
+        raise PrepareError(f"MATCHED_FINEWEB_REPO_ID {repo}: not a repository; try {DEFAULT_REPO}")
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX)
     made_by = {"command": "fineweb", "repository": repo, "prefix": prefix, "variant": args.variant}
     folder = args.root / "datasets" / f"fineweb10B_{args.variant}"
@@ -1257,7 +1523,9 @@ def run_verify(args: argparse.Namespace) -> None:
     folder = args.folder.resolve()
     if not folder.is_dir():
         raise PrepareError(f"{args.folder}: no such folder; name one below datasets/")
-    meta, problems = read_json(folder / META), []
+    meta, problems = load_meta(folder), []
+    if not meta and (folder / META).exists():
+        problems.append(f"{folder / META}: damaged or incomplete; run the command that made it")
     try:
         problems += verify_files(folder, meta)
         path = find_tokenizer(folder, args.tokenizer, meta)
@@ -1274,7 +1542,7 @@ def run_verify(args: argparse.Namespace) -> None:
     except PrepareError as error:
         problems.append(str(error))
     for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
+        print(f"problem: {shown(problem)}", file=sys.stderr)
     if problems:
         raise PrepareError(f"{folder} must not be used: {len(problems)} problem(s), named above")
     print(f"{folder} is in order")
@@ -1341,15 +1609,15 @@ def command_line() -> argparse.ArgumentParser:
     add("--workers", type=number(1, 1024), default=available_cores(), help="processes (default: all cores)")
     most, shard_help = 2**31 - 1, f"tokens of a full shard ({default})"
     add("--shard-tokens", type=number(1, most), default=SHARD_TOKENS, help=shard_help)
-    add, share = text.add_mutually_exclusive_group().add_argument, number(0, 0.9, float)
-    share_help = f"share of the documents that becomes validation, the first ones ({default})"
-    add("--val-fraction", type=share, default=DEFAULT_VAL_FRACTION, help=share_help)
-    add("--val-documents", type=number(1, 10**9), help="or their number")
+    add, share = text.add_mutually_exclusive_group().add_argument, number(1e-6, 0.9, float)
+    share_help = f"validation's share of the text (default: {DEFAULT_VAL_FRACTION}, but enough to score)"
+    add("--val-fraction", type=share, help=share_help)
+    add("--val-documents", type=number(1, 10**9), help="or its number of documents, the first ones")
 
     add = command("fineweb", run_fineweb, "download the published FineWeb shards").add_argument
     add("--variant", default="sp1024", help=f"sp1024, sp4096, sp8192 ({default})")
     shards_help = f"training shards (default: {DEFAULT_TRAIN_SHARDS}, or all there are if fewer)"
-    add("--train-shards", type=number(1, 10**6), help=shards_help)
+    add("--train-shards", type=number(1, MOST_SHARDS["train"]), help=shards_help)
     add("--workers", type=number(1, 64), default=8, help=f"downloads at a time ({default})")
     add("--dry-run", action="store_true", help="list files and bytes, download nothing")
 
@@ -1359,26 +1627,46 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+HINTS = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some space and run again",
+    errno.EACCES: "change its permissions, leave it out or choose another place",
+    errno.EEXIST: "a folder is needed here; move the file away or choose another place",
+    errno.ENOTDIR: "a folder is needed above it; move the file there away or choose another place",
+    errno.EISDIR: "a file is needed here; move the folder away or choose another place",
+    errno.EPIPE: "it was closed before the end; run again and read all of it",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     args = command_line().parse_args(argv)
     try:
         args.run(args)
+        print(end="", flush=True)  # what standard output refuses is a mistake like any other
         return 0
     except PrepareError as error:
         problem = str(error)
     except ModuleNotFoundError as error:
         problem = f"{error.name} is missing; pip install {error.name}, or pip install -r requirements.txt"
     except OSError as error:
-        hint = "free some space and run again" if error.errno == errno.ENOSPC else "check it and run again"
-        problem = f"{error.filename or 'a file'}: {error.strerror or one_line(error)}; {hint}"
+        place = error.filename2 or error.filename or "standard output"
+        hint = HINTS.get(error.errno, "check it and run again")
+        problem = f"{place}: {error.strerror or one_line(error)}; {hint}"
     except KeyboardInterrupt:
         problem = "interrupted; run the same command again"
-    print(f"error: {problem}", file=sys.stderr)
+    print(f"error: {shown(problem)}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
     # A polite kill unwinds like Ctrl-C, so that half-written files vanish.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a name that cannot be shown must not end the work
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    finally:
+        # What standard output refuses has been reported; Python would do so once more, with a traceback.
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stdout.close()

@@ -15,6 +15,7 @@ class Hub:
 
     requests: (method, key, Range header) of every request for a file, in order.
     breaks: key -> bytes after which the connection of the next GET is cut.
+    busy: "<METHOD> <key>" -> answers, each a status and headers, that the next such requests get.
     lies: key -> bytes served instead of the file's own, under the file's own ETag.
     """
 
@@ -22,6 +23,7 @@ class Hub:
         self.files = files
         self.requests: list[tuple[str, str, str | None]] = []
         self.breaks: dict[str, int] = {}
+        self.busy: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self.lies: dict[str, bytes] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
         self.server.daemon_threads = True
@@ -62,8 +64,11 @@ def handler_for(hub: Hub) -> type:
             # The client may also ask the hub's API about itself; only files are of interest here.
             if "/resolve/" in self.path:
                 hub.requests.append((self.command, key, asked))
+            if answers := hub.busy.get(f"{self.command} {key}"):
+                self.empty(*answers.pop(0))
+                return
             if key not in hub.files:
-                self.missing()
+                self.empty(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
                 return
             body = hub.lies.get(key, hub.files[key])
             start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
@@ -83,11 +88,10 @@ def handler_for(hub: Hub) -> type:
             self.wfile.write(body[:cut])
             self.close_connection = self.close_connection or cut is not None
 
-        def missing(self) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
+        def empty(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
             self.end_headers()
 
     return Handler

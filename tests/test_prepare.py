@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import email.utils
 import hashlib
 import importlib
 import io
@@ -17,7 +19,9 @@ import time
 import tracemalloc
 import unicodedata
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -488,13 +492,110 @@ def test_text_end_to_end(tmp_path: Path, model_file: Path, capsys: pytest.Captur
 
 
 def test_text_trains_its_tokenizer_on_training_documents_only(tmp_path: Path) -> None:
-    texts = [prose(seed, 200) + " zyzzyva" * 30 * (seed < 10) for seed in range(100)]
+    texts = [prose(seed, 200) + " zyzzyva" * 30 * (seed < 8) for seed in range(100)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     call("text", source, "--name", "own", "--vocab-size", 400, "--val-fraction", 0.1, "--root", tmp_path)
     tokenizer = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizers" / "own_400_bpe.model"))
     assert tokenizer.vocab_size() == 400
     assert len(tokenizer.encode("zyzzyva")) >= 6 and len(tokenizer.encode("village")) <= 2
-    assert texts_of(tmp_path, "own_sp400", "val") == texts[:10]
+    val, train = (texts_of(tmp_path, "own_sp400", split) for split in ("val", "train"))
+    assert val == texts[: len(val)]
+    share = sum(map(len, val)) / sum(map(len, val + train))
+    assert 0.09 <= share <= 0.11
+
+
+def paragraphs(seed: int, count: int) -> str:
+    return "\n\n".join(prose(1000 * seed + number, 100) for number in range(count))
+
+
+def squeezed(*texts: str) -> str:
+    return " ".join(" ".join(texts).split())
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "lowest", "highest"),
+    [
+        (10, (), 0.09, 0.11),  # a small text gives a tenth at most
+        (60, (), 0.11, 0.15),
+        (400, (), 0.015, 0.022),
+        (60, ("--val-fraction", 0.01), 0.009, 0.011),
+        (60, ("--val-fraction", 0.5), 0.49, 0.51),
+        (60, ("--val-fraction", 0.001), 0.0005, 0.002),
+    ],
+)
+def test_text_validation_is_a_share_of_the_text(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    count: int, options: tuple, lowest: float, highest: float,
+) -> None:  # fmt: skip
+    """Three files of the same length: the first is cut, and no byte is lost or in both splits."""
+    if count == 60:
+        monkeypatch.setattr(prepare, "LARGEST_DEFAULT", 0.5)
+    texts = [paragraphs(seed, count) for seed in range(3)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    call("text", tmp_path, "--name", "t", "--tokenizer", model_file, "--root", tmp_path / "out", *options)
+    val, train = (texts_of(tmp_path / "out", "t_sp400", split) for split in ("val", "train"))
+    assert squeezed(*val, *train) == squeezed(*texts)
+    share = len(squeezed(*val)) / len(squeezed(*texts))
+    assert lowest <= share <= highest
+    (line,) = (s for s in capsys.readouterr().out.splitlines() if s.startswith("validation "))
+    meta = json.loads((tmp_path / "out/datasets/t_sp400/meta.json").read_text())
+    documents, size = (meta["splits"]["val"][name] for name in ("documents", "bytes"))
+    assert line.startswith(f"validation documents:{documents} bytes:{size} share:")
+    assert abs(float(line.split("share:")[1].split("%")[0]) / 100 - share) < 0.0005
+    assert line.endswith(f"cut_in:{tmp_path}/{int(share * 3)}.txt") and documents == len(val)
+
+
+@pytest.mark.parametrize("unit", ["Flüsse und Wörter ", "日本語の文章。", "line of words\n", "paragraph\n\n"])
+def test_text_is_cut_where_it_may_be(tmp_path: Path, model_file: Path, unit: str) -> None:
+    text = unit * 600
+    (tmp_path / "a.txt").write_text(text)
+    options = ["--tokenizer", model_file, "--val-fraction", 0.3, "--root", tmp_path / "out"]
+    call("text", tmp_path / "a.txt", "--name", "t", *options)
+    (val,), (train,) = (texts_of(tmp_path / "out", "t_sp400", split) for split in ("val", "train"))
+    assert "".join((val + train).split()) == "".join(text.split())
+    assert 0.27 <= len(val) / len(val + train) <= 0.33
+    ends = "".join(unit.split())
+    assert "日" in unit or "".join(val.split()).endswith(ends.removeprefix("Flüsseund")[-5:])
+
+
+def test_text_a_copy_of_what_is_cut_stays_out_of_training(tmp_path: Path, model_file: Path) -> None:
+    same, other = paragraphs(1, 20), paragraphs(2, 20)
+    for name, text in (("a", same), ("b", other), ("c", same)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    call("text", tmp_path, "--name", "t", "--tokenizer", model_file, "--root", tmp_path / "out")
+    val, train = (texts_of(tmp_path / "out", "t_sp400", split) for split in ("val", "train"))
+    assert squeezed(*val, train[0]) == squeezed(same) and train[1:] == [squeezed(other)]
+    assert json.loads(next(tmp_path.rglob("meta.json")).read_text())["duplicates_dropped"] == 1
+
+
+def test_text_too_small_for_the_share_is_not_cut(tmp_path: Path, model_file: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [paragraphs(1, 20)])
+    (tmp_path / "b.txt").write_text(paragraphs(2, 2))
+    options = ["--tokenizer", model_file, "--val-fraction", 0.5, "--root", tmp_path / "out"]
+    call("text", tmp_path / "a.jsonl", tmp_path / "b.txt", "--name", "t", *options)
+    assert texts_of(tmp_path / "out", "t_sp400", "val") == [squeezed(paragraphs(2, 2))]
+    assert texts_of(tmp_path / "out", "t_sp400", "train") == [squeezed(paragraphs(1, 20))]
+
+
+TAKEN = {
+    "first ones": ([10] * 100, [1] * 100, 30, range(3)),
+    "nearer without": ([10, 10, 10, 10, 60], [1] * 5, 24, [0, 1]),
+    "nearer with": ([10, 10, 10, 10, 60], [1] * 5, 26, [0, 1, 2]),
+    "large line passed over": ([500, 5, 5, 5, 400], [1] * 5, 10, [1, 2]),
+    "large text begun": ([500, 5, 5, 5, 400], [0] * 5, 10, [0]),
+    "large lines only": ([300, 200, 500], [1] * 3, 10, [1]),
+    "too little without a large line": ([300, 1, 200, 500], [1] * 4, 100, [1, 2]),
+    "nothing but a large line would do": ([1000, 5], [1, 1], 10, [1]),
+    "one": ([7], [1], 1, [0]),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_take_share_by_hand(case: str) -> None:
+    sizes, fixed, share, expected = TAKEN[case]
+    chosen, *_ = prepare.take_share(np.array(sizes), np.array(fixed, dtype=bool), share)
+    assert np.flatnonzero(chosen).tolist() == list(expected)
 
 
 def test_text_shuffles_by_seed(tmp_path: Path, model_file: Path) -> None:
@@ -615,10 +716,18 @@ BAD_SOURCES = {
     "no string": ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: the line has no `text` field"),
     "no object": ("a.jsonl", b"[1]\n", "a.jsonl:1: the line has no `text` field"),
     "not UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9\n", "a.txt:3: byte 11 is not UTF-8"),
-    "JSON not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl:1: the line is not JSON"),
+    "JSON not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl:1: byte 13 is not UTF-8; convert"),
     "other file": ("a.csv", b"x", "no .txt or .jsonl file"),
     "empty": ("a.txt", b"", "no document with any text"),
     "one document": ("a.txt", b"alone", "leave none for training"),
+    "NUL only": ("a.txt", b"\0" * 5000, "text in it (1 hold nothing but blanks and control"),
+    "controls only": (
+        "a.jsonl",
+        b'{"text": "\\u0000 \\u0001\\u0085"}\n' * 3,
+        "it (3 hold nothing",
+    ),
+    "BOM only": ("a.txt", b"\xef\xbb\xbf", "no document with any text in it"),
+    "two texts of a word": ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n', "the text carries"),
     "all the same": ("a.jsonl", b'{"text": "same"}\n{"text": " same"}\n', "every training document equals"),
 }
 
@@ -629,6 +738,95 @@ def test_text_mistakes_in_files(tmp_path: Path, capsys: pytest.CaptureFixture, c
     (tmp_path / name).write_bytes(raw)
     assert expected in failure(capsys, "text", tmp_path / name, "--name", "bad", "--root", tmp_path)
     assert not list((tmp_path / "datasets").glob("*/*"))
+
+
+def test_text_passes_hidden_names_over(
+    tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / ".in"  # the given folder itself may be hidden
+    for number, name in enumerate(("a.txt", "x.txt/b.txt", ".ipynb_checkpoints/a.txt", ".git/.c.txt")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(paragraphs(number, 5))
+    (folder / "._a.txt").write_bytes(b"\0\5\x16\7\xff")
+    (folder / ".DS_Store").write_bytes(b"\xff")
+    options = ["--tokenizer", model_file, "--root", tmp_path]
+    call("text", folder, "--name", "h", *options)
+    assert "not read:3\n" in capsys.readouterr().out
+    texts = [text for split in ("val", "train") for text in texts_of(tmp_path, "h_sp400", split)]
+    assert squeezed(*texts) == squeezed(paragraphs(0, 5), paragraphs(1, 5))
+    call("text", folder / ".git" / ".c.txt", "--name", "named", *options)
+    assert "not read" not in capsys.readouterr().out
+
+
+KINDS = {
+    "pipe": (os.mkfifo, "is a pipe"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+    "link": (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere"),
+    "loop": (lambda path: path.symlink_to(path), "is a link that leads nowhere"),
+    "folder": (Path.mkdir, "no .txt or .jsonl file in this folder"),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_text_calls_what_is_no_file_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture, case: str
+) -> None:
+    make, expected = KINDS[case]
+    make(tmp_path / "a.txt")
+    for source in (tmp_path / "a.txt", tmp_path):
+        assert expected in failure(capsys, "text", source, "--name", "x", "--root", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub"])
+def test_text_names_what_it_may_not_read(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text(prose(1))
+    (tmp_path / name).chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # root may read everything
+        line = failure(capsys, "text", tmp_path / name, "--name", "x", "--root", tmp_path / "out")
+    finally:
+        os.seteuid(user)
+        (tmp_path / name).chmod(0o700)
+    assert f"{name}: Permission denied; change its permissions" in line
+
+
+def test_text_a_link_is_read_as_what_its_name_says(tmp_path: Path, model_file: Path) -> None:
+    texts = [prose(seed) for seed in range(20)]
+    write_jsonl(tmp_path / "store" / "0123", texts)
+    (tmp_path / "a.jsonl").symlink_to("store/0123")
+    options = ["--tokenizer", model_file, "--val-documents", 5, "--root", tmp_path]
+    call("text", tmp_path / "a.jsonl", "--name", "l", *options)
+    assert texts_of(tmp_path, "l_sp400", "val") == texts[:5]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+def test_text_names_of_any_bytes(tmp_path: Path, model_file: Path, env: dict[str, str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, name in enumerate((b"caf\xe9.txt", b"two\nlines.txt", "日本 \u2028.txt".encode())):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(paragraphs(number, 5))
+    first = min(folder.iterdir())
+    options = ("--name", "n", "--tokenizer", model_file, "--root", tmp_path)
+    result = run("text", *folder.iterdir(), *options, env=env)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert all(len(line.split(":")) > 1 or "holds" in line for line in result.stdout.splitlines())
+    assert "nothing to do" in run("text", *folder.iterdir(), *options, env=env).stdout
+    first.write_bytes(b"\xff")
+    assert "byte 0 is not UTF-8" in problem(run("text", *folder.iterdir(), *options, env=env))
+    assert "no such file" in problem(run("text", folder / "none\nhere", *options, env=env))
+
+
+def test_text_no_vocabulary_for_so_many_characters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng = random.Random(0)
+    texts = ["".join(chr(0x4E00 + rng.randrange(900)) for _ in range(100)) for _ in range(200)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    base = ["text", source, "--name", "x", "--root", tmp_path, "--vocab-size"]
+    line = failure(capsys, *base, 1024)
+    assert "alone fill 11" in line and "raise --vocab-size above" in line and "coverage" not in line
+    call(*base, 1200)
 
 
 def test_text_mistakes_in_options(tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture) -> None:
@@ -709,6 +907,47 @@ def test_verify_finds(dataset: Path, capsys: pytest.CaptureFixture, case: str) -
     assert prepare.main(["verify", str(dataset)]) == 1
     error = capsys.readouterr().err
     assert SPOILED[case] in error and error.splitlines()[-1].startswith("error: ")
+
+
+DAMAGED = {
+    "empty": b"", "cut": b"{", "list": b"[1]", "null": b"null", "no UTF-8": b'{"a": "\xff"}',
+    "nested": b"[" * 100_000, "long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "twice": b'{"files": {}, "files": null}',
+}  # fmt: skip
+REPLACED = {
+    "files": [None, [], {"val.txt": 3}, {"val.txt": {"bytes": True, "sha256": "0"}}, {"../x": {}}],
+    "splits": [None, [], {}, {"train": {"tokens": "3", "shards": 1}, "val": None}],
+    "made_by": [None, [], {}, "text"],
+    "tokenizer": [3, {}, "/etc/passwd", "a\0b"],
+    "vocab_size": ["400", -1, 1e3, [400]],
+    "corpus": [None, {}, "two\nlines"],
+}
+
+
+def damages(raw: bytes) -> Iterator[bytes]:
+    yield from DAMAGED.values()
+    meta = json.loads(raw)
+    for field, values in REPLACED.items():
+        yield from (json.dumps({**meta, field: value}).encode() for value in values)
+        yield json.dumps({name: value for name, value in meta.items() if name != field}).encode()
+
+
+def test_damaged_meta_is_said_and_made_again(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    path = dataset / "meta.json"
+    whole = path.read_bytes()
+    made_by = json.loads(whole)["made_by"]
+    for raw in damages(whole):
+        path.write_bytes(raw)
+        assert prepare.read_meta(dataset.parent.parent, dataset, made_by) is None, raw[:80]
+        assert prepare.main(["verify", str(dataset)]) == 1, raw[:80]
+        assert "meta.json: damaged or incomplete; run the command" in capsys.readouterr().err
+    path.write_bytes(whole.decode().encode("utf-16"))
+    call("verify", dataset)
+    path.write_bytes(b"{")
+    source, given = dataset.parent.parent / "a.jsonl", dataset.parent.parent / "given.model"
+    options = ["--val-documents", 4, "--shard-tokens", 300, "--root", dataset.parent.parent]
+    call("text", source, "--name", "v", "--tokenizer", given, *options)
+    assert path.read_bytes() == whole
 
 
 # Published shards, from a hub on the loopback interface
@@ -868,6 +1107,7 @@ def test_fineweb_mistakes(hub: Hub, tmp_path: Path) -> None:
     assert "only fineweb10B_sp1024, fineweb10B_sp4096" in problem(fineweb(hub, tmp_path, "--variant", "sp7"))
     assert "3 training shards" in problem(fineweb(hub, tmp_path, "--train-shards", 80))
     assert "not a variant" in problem(fineweb(hub, tmp_path, "--variant", "../up"))
+    assert "not a repository" in problem(fineweb(hub, tmp_path, MATCHED_FINEWEB_REPO_ID="a//b"))
     manifest = json.loads(hub.files[f"{REPO}/datasets/manifest.json"])
     manifest["tokenizers"][0]["model_path"] = "../../escaped.model"
     hub.files[f"{REPO}/datasets/manifest.json"] = json.dumps(manifest).encode()
@@ -894,6 +1134,88 @@ def test_fineweb_dead_endpoint(tmp_path: Path) -> None:
     line = problem(fineweb(hub, tmp_path))
     assert "cannot be fetched" in line and "HF_ENDPOINT" in line
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("status", "method"), [(429, "GET"), (503, "HEAD")])
+def test_fineweb_waits_as_a_busy_hub_asks(hub: Hub, tmp_path: Path, status: int, method: str) -> None:
+    """Said once, though every thread is held back."""
+    keys = [shard_key(f"fineweb_train_{number:06d}.bin") for number in range(2)]
+    hub.busy = {f"{method} {key}": [(status, {"Retry-After": "1"})] for key in keys}
+    started = time.monotonic()
+    result = fineweb(hub, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started > 1
+    assert result.stdout.count(f"the hub is busy (HTTP status {status}); next try in 1 s") == 1
+    assert not any(hub.busy.values())
+
+
+def busy_error(status: int, **headers: str) -> Exception:
+    error = Exception("made up")
+    error.response = SimpleNamespace(status_code=status, headers=headers)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits", "expected"),
+    [
+        (429, {"Retry-After": "7"}, [7.0] * 5, "rate limit (429); wait some minutes, or set HF_TOKEN"),
+        (429, {"Retry-After": "86400"}, [60.0] * 5, "rate limit (429)"),
+        (429, {}, [2.0, 4.0, 8.0, 16.0, 32.0], "rate limit (429)"),
+        (503, {"Retry-After": "0"}, [2.0, 4.0, 8.0, 16.0, 32.0], "HTTP status 503"),
+        (503, {}, [1, 2], "HTTP status 503"),
+        (500, {"Retry-After": "7"}, [1, 2], "HTTP status 500"),
+        (404, {"Retry-After": "7"}, [], "is not there (404)"),
+    ],
+)
+def test_fineweb_patience_has_bounds(
+    monkeypatch: pytest.MonkeyPatch, status: int, headers: dict, waits: list, expected: str
+) -> None:
+    def refuse() -> None:
+        raise busy_error(status, **headers)
+
+    repository, waited = prepare.Repository("made/up", "", 1), []
+    monkeypatch.setattr(repository.stopping, "wait", waited.append)
+    with pytest.raises(prepare.PrepareError) as error:
+        repository.attempt("shard", refuse)
+    assert expected in str(error.value) and waited == waits
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("3", 3.0), (" 12 ", 12.0), ("-3", None), ("9" * 5000, None), ("1.5", None), ("", None), ("soon", None),
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("Wed, 99 Oct 2015 07:28:00 GMT", None)],
+)  # fmt: skip
+def test_seconds_asked(value: str, expected: float | None) -> None:
+    assert prepare.seconds_asked({"Retry-After": value}) == expected
+    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 98 <= prepare.seconds_asked({"Retry-After": date}) <= 100
+    limit = '"resolvers";r=0;t=55'
+    both = {"Retry-After": value, "RateLimit": limit}
+    assert prepare.seconds_asked(both) == (55.0 if expected is None else expected)
+
+
+def test_fineweb_a_folder_that_may_not_be_written_is_not_the_network(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    repository = prepare.Repository("made/up", "", 1)
+    with pytest.raises(NotADirectoryError, match="file/x"):
+        repository.attempt("shard", lambda: open(tmp_path / "file" / "x"))
+
+
+def edit_manifest(hub: Hub, section: str, **changes: object) -> None:
+    key = f"{REPO}/datasets/manifest.json"
+    manifest = json.loads(hub.files[key])
+    manifest[section][0].update(changes)
+    hub.files[key] = json.dumps(manifest).encode()
+
+
+@pytest.mark.whole
+def test_fineweb_counts_beyond_sense_ask_for_nothing(hub: Hub, tmp_path: Path) -> None:
+    for train, val, expected in ((3, 300_000, "files_val: 300000"), (0, 1, "files_train: 0 of")):
+        hub.requests.clear()
+        edit_manifest(hub, "datasets", stats={"files_train": train, "files_val": val})
+        assert f"{expected}" in problem(fineweb(hub, tmp_path, "--train-shards", 1))
+        assert {key for _, key, _ in hub.requests} == {f"{REPO}/datasets/manifest.json"}
 
 
 def test_fineweb_checks_the_disk_first(tmp_path: Path) -> None:
@@ -928,6 +1250,51 @@ def test_full_disk_is_one_line(
     monkeypatch.setattr(prepare.os, "fsync", full)
     assert "No space left on device; free some" in failure(capsys, *SOTU, tmp_path)
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.bin"))
+
+
+WRITTEN = ["g_400_bpe.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "val.txt", "meta.json"]
+
+
+@pytest.mark.parametrize("number", range(len(WRITTEN)))
+def test_every_failed_write_names_its_file(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    number: int,
+) -> None:  # fmt: skip
+    syncs = itertools.count()
+
+    def full(_: int) -> None:
+        if next(syncs) == number:
+            raise OSError(28, "No space left on device")
+
+    source = write_jsonl(tmp_path / "a.jsonl", [prose(seed) for seed in range(20)])
+    monkeypatch.setattr(prepare.os, "fsync", full)
+    capsys.readouterr()
+    assert prepare.main(f"text {source} --name g --tokenizer {model_file} --root {tmp_path}".split()) == 1
+    assert f"/{WRITTEN[number]}: No space left on device; free some" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(WRITTEN[number]))
+
+
+BLOCKED = {
+    ".": "out/datasets: Not a directory; a folder is needed above it",
+    "datasets": "out/datasets: File exists; a folder is needed here",
+    "datasets/g_sp400": "g_sp400/meta.json: Not a directory; a folder is needed above it",
+    "tokenizers": "out/tokenizers: File exists; a folder is needed here",
+    "datasets/g_sp400/val.txt/x": "g_sp400/val.txt: Is a directory; a file is needed here",
+}
+
+
+@pytest.mark.parametrize("place", BLOCKED)
+def test_what_stands_in_the_way_is_named(
+    tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture, place: str
+) -> None:
+    root = tmp_path / "out"
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    (root / place).write_text("")
+    source = write_jsonl(tmp_path / "a.jsonl", [prose(seed) for seed in range(20)])
+    capsys.readouterr()
+    assert prepare.main(f"text {source} --name g --tokenizer {model_file} --root {root}".split()) == 1
+    assert BLOCKED[place] in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("command", ["", "sotu", "text", "fineweb", "verify"])
@@ -979,6 +1346,32 @@ def test_a_pipe_gets_a_state_now_and_then(
         for _ in range(1000):
             bar.update(1)
     assert fewest <= capsys.readouterr().err.count("reading") <= most
+
+
+def test_an_older_python_is_named_first() -> None:
+    """Before any import that could fail there, and in syntax that it can read."""
+    program = ROOT / "data" / "prepare.py"
+    ast.parse(program.read_text(), feature_version=(3, 8))
+    hidden = "sys.modules.update(argparse=None, hashlib=None, numpy=None)"
+    started = f"runpy.run_path({str(program)!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.version_info = (3, 10, 4); {hidden}; {started}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr == "error: Python 3.11 or newer is needed, this is 3.10.4\n"
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("stream", ["closed", "full"])
+def test_standard_output_that_takes_no_more(dataset: Path, stream: str) -> None:
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "verify", str(dataset)]
+    read, write = os.pipe()
+    os.close(read)
+    if stream == "full":
+        os.close(write)
+        write = os.open("/dev/full", os.O_WRONLY)
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "standard output: " in problem(result) and len(result.stderr.splitlines()) == 1
 
 
 def test_starts_without_heavy_imports() -> None:
