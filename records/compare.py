@@ -13,6 +13,9 @@ seed by seed tell more; they are tested too.
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import json
 import math
 import statistics
@@ -22,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import runs as shared
 from runs import SCORES, Mistake, Run, differing_settings, need, open_runs, show
 
 RECORD_NATS, RECORD_P = 0.005, 0.01
@@ -77,9 +79,9 @@ def one_sided(a: Sample, b: Sample, margin: float = 0.0) -> Test | None:
     t = (a.mean - b.mean + margin) / math.sqrt(sum(variances))
     if b.deviation is None:
         name, freedom = "one-sample t", a.count - 1.0
-    else:  # Welch and Satterthwaite
-        parts = [v**2 / (n - 1) for v, n in zip(variances, (a.count, b.count))]
-        name, freedom = "Welch's t", sum(variances) ** 2 / sum(parts)
+    else:  # Welch and Satterthwaite, by shares: the square of a tiny variance is zero
+        parts = [(v / sum(variances)) ** 2 / (n - 1) for v, n in zip(variances, (a.count, b.count))]
+        name, freedom = "Welch's t", 1 / sum(parts)
     return Test(name, t, freedom, float(stats.t.cdf(t, freedom)))
 
 

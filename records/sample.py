@@ -8,11 +8,13 @@ come; the end of a document ends the text.
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import runs as shared
 from runs import ROOT, Mistake, Run, script
 
 

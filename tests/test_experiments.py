@@ -20,6 +20,9 @@ from runs import Mistake, Run
 import train_gpt as tg
 
 SEEDS = (1337, 42, 7)
+# What a run's file holds of an artifact and of QAT, whichever part a test is about.
+SIZES = {"model_bytes": 1, "code_bytes": 1, "total_bytes": 2, "limit": 16_000_000}
+QAT = dict.fromkeys(("first_step", "distance_before", "distance_raw", "loss", "loss_rounded"), 0.5)
 VARIANTS = {what.label: what for study in ex.STUDIES.values() for what in ex.with_parents(study[0])}
 
 
@@ -41,6 +44,10 @@ def finish(bench, label, values, score, **more):
             folder.mkdir()
             result = {"preset": "smoke", "seed": seed, "corpus": "a text", "steps": 850, "started": "noon"}
             result |= {"bpb": {score: value}, "settings": settings(bench, label, seed)} | more
+            if "artifact" in more:
+                result["artifact"] = SIZES | more["artifact"]
+            if more.get("proofs", {}).get("qat"):
+                result["proofs"] = {"qat": QAT | more["proofs"]["qat"]}
             (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -295,14 +302,20 @@ def test_folders_of_others_and_of_living_runs_are_left_alone(bench):
 def test_quantising_starts_from_the_training_alone(bench):
     scores = {"float": 1.3, "roundtrip": 1.4, "ttt": 1.2}
     finish(
-        bench, "qat-soft", (1.3, None, None), "float", proofs={"qat": 1}, artifact={"sha256": 1}, bpb=scores
+        bench,
+        "qat-soft",
+        (1.3, None, None),
+        "float",
+        proofs={"qat": QAT},
+        artifact={"sha256": "a"},
+        bpb=scores,
     )
     parent, folder = bench.folder(VARIANTS["qat-soft"], 1337), bench.logs / "next"
     (parent / "model.pt").write_bytes(b"weights")
     folder.mkdir()
     ex.hand_over(Run.open(parent), folder)
     result = json.loads((folder / "result.json").read_text())
-    assert result["proofs"] == {"qat": 1} and result["bpb"] == {"float": 1.3} and "artifact" not in result
+    assert result["proofs"] == {"qat": QAT} and result["bpb"] == {"float": 1.3} and "artifact" not in result
     assert (folder / "model.pt").read_bytes() == b"weights"
 
 
