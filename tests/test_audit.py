@@ -373,7 +373,7 @@ def fallback_as_three(table):
 def test_a_wrong_byte_table_is_caught(run, monkeypatch, plant):
     build = tg.ByteTable.__init__
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), plant(self))[0])
-    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    monkeypatch.setattr(tg, "check_tokenizer", lambda *_: None)
     checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "the byte table is wrong" in checks["bytes"].evidence
     if plant is blanks_twice:
@@ -390,7 +390,7 @@ def test_a_rule_that_is_wrong_twice_is_caught(run, monkeypatch):
         return rule
 
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), blanks_twice(self))[0])
-    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    monkeypatch.setattr(tg, "check_tokenizer", lambda *_: None)
     monkeypatch.setattr(audit.ByteRule, "of", misread)
     checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "not those of the decoded text" in checks["bytes"].evidence
