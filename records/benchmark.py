@@ -699,7 +699,7 @@ SUBCOMMANDS = {"train": bench_train, "muon": bench_muon, "qat": bench_qat, "gptq
 
 def at_least_one(text: str) -> int:
     """A positive whole number."""
-    if not text.isdigit() or not int(text):
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 

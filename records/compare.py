@@ -127,8 +127,10 @@ def parse_numbers(text: str) -> Sample:
         sample = Sample(float(mean), float(deviation), int(count))
     except ValueError:
         raise Mistake(f"{text} is not mean,deviation,count as in 1.1162,0.0006,3") from None
-    if not (0 < sample.mean < math.inf and 0 <= sample.deviation < math.inf and sample.count > 0):
-        raise Mistake(f"{text}: the mean must be above 0, the deviation at least 0 and the count at least 1")
+    fits = shared.SCORE.holds(sample.mean) and shared.SIZE.holds(sample.count)
+    if not fits or not 0 <= sample.deviation <= 1e6:
+        limits = "the mean must be above 0, the deviation at least 0 and the count at least 1"
+        raise Mistake(f"{text}: {limits}, and none of them huge")
     return sample if sample.count > 1 else Sample(sample.mean, None, 1)
 
 

@@ -18,6 +18,7 @@ import runs as shared
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,10 @@ def program() -> None:
     logs = arguments.logs.resolve()
     try:
         seeds = tuple(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+        if bad := [seed for seed in seeds if not shared.SEED.holds(seed)]:
+            raise Mistake(f"--seeds: {bad[0]} is not {shared.SEED.name}")
+        if not re.fullmatch(r"[\w.-]*", arguments.corpus) or arguments.corpus.startswith("."):
+            raise Mistake(f"--corpus {arguments.corpus}: write letters, digits, and . _ - between them")
         bench = Bench(logs, seeds, arguments.corpus, dict(text.split("=", 1) for text in arguments.set))
         script().Hyperparameters.from_env({"PRESET": "smoke", **bench.overrides})
     except ValueError as error:

@@ -14,6 +14,7 @@ import io
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import cycle, pairwise
@@ -640,6 +641,7 @@ def program() -> None:
     parser.add_argument("--out", type=Path, help=place)
     arguments = parser.parse_args()
     need("matplotlib")
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # a name's; a browser has more fonts
     runs = open_runs(arguments.runs)
     path = arguments.out or runs[0].folder / "report.html"
     if path.suffix != ".html":

@@ -69,8 +69,9 @@ def exit_status(program: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         return status
     except (Mistake, OSError, *script_mistakes()) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
         for line in text.splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 1
@@ -79,12 +80,11 @@ def exit_status(program: Callable[[], int | None]) -> int:
 def flush_output() -> None:
     """Hand on what was printed; what cannot be written is dropped, so that the interpreter does not try."""
     try:
-        sys.stdout.flush()
-    except OSError as error:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise Mistake(f"the output cannot be written: {error.strerror}") from None
+        raise
 
 
 def script_mistakes() -> tuple[type[Exception], ...]:
@@ -268,7 +268,9 @@ def read_json(path: Path, shape: object, wrong: str, advice: str):
     try:
         return parse_json(path.read_bytes(), shape)
     except (ValueError, RecursionError) as error:
-        raise Mistake(f"{path} {wrong} ({' '.join(str(error).split())}); {advice}") from None
+        why = " ".join(str(error).split())
+        why = why if len(why) < 150 else f"{why[:150]}..."  # it may quote the file
+        raise Mistake(f"{path} {wrong} ({why}); {advice}") from None
 
 
 @dataclass(frozen=True)

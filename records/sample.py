@@ -12,6 +12,7 @@ from __future__ import annotations
 import runs as shared
 
 # isort: split
+import contextlib
 import math
 import os
 import sys
@@ -32,6 +33,15 @@ def find_file(path: str, run: Run | None) -> Path:
     return found[0]
 
 
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """A mistake of the script's with the name of the file that it is about."""
+    try:
+        yield
+    except script().UserError as error:
+        raise Mistake(f"{path}: {'; '.join(str(error).splitlines())}") from None
+
+
 def load(place: Path, tokenizer: Path | None, device: str):
     """The model of a run's folder or of a file, its settings, tokenizer, and the process that computes."""
     tg, path = script(), place / "artifact.bin" if place.is_dir() else place
@@ -42,13 +52,11 @@ def load(place: Path, tokenizer: Path | None, device: str):
         raise Mistake(f"{path} is missing; {remedy}")
     settings = {name: run.settings[name] for name in RUNS_OWN if name in run.settings} if run else {}
     env, blob = {name.upper(): str(value) for name, value in settings.items()}, path.read_bytes()
-    try:
+    with told_of(path):
         hp = tg.settings_for(blob, env | {"DEVICE": device})
-        world = tg.World(hp, {})
-        model, _ = tg.load_artifact(blob, hp, world)
-        model.use(tg.choose_attention(model.hp, world)[1])
-    except tg.UserError as error:
-        raise Mistake(f"{path}: {'; '.join(str(error).splitlines())}") from None
+    world = tg.World(hp, {})
+    with told_of(path):
+        model = tg.load_artifact(blob, hp, world)[0].use(tg.choose_attention(hp, world)[1])
     words = find_file(str(tokenizer or hp.tokenizer_path), run)
     try:
         return model.eval(), hp, tg.load_tokenizer(str(words), hp.vocab_size), world
