@@ -184,7 +184,7 @@ SETTINGS = {"ema_decay?": NUMBER, "swa_threshold?": NUMBER, "data_path?": TEXT, 
             re.compile("[a-z][a-z0-9_]*"): SETTING}
 PREPARED = {"preset": TEXT, "changed": SETTINGS, "settings?": SETTINGS,
             "dtype?": Kind("bfloat16 or float32", lambda value: value in ("bfloat16", "float32"))}
-CLOCK = {"limit": (NULL, AMOUNT), "used": NUMBER, "within": FLAG, "counted": {NO_CONTROLS: AMOUNT},
+CLOCK = {"limit": AMOUNT, "used": NUMBER, "within": FLAG, "counted": {NO_CONTROLS: AMOUNT},
          "uncounted": {NO_CONTROLS: AMOUNT}}
 ARTIFACT = {"model_bytes": COUNT, "code_bytes": COUNT, "total_bytes": SIZE, "limit": SIZE, "sha256?": TEXT,
             "sections?": {NO_CONTROLS: {"bytes": COUNT, "plain_bytes?": COUNT}}}
