@@ -222,6 +222,22 @@ def test_a_whole_table_is_written(bench, monkeypatch, capsys):
     assert "| nothing" in written and "old" not in written
 
 
+def test_the_name_of_a_text_is_escaped_in_the_page(bench):
+    for label in ex.ABLATIONS:
+        finish(bench, f"ablation-{label}", (1.3, 1.3, 1.3), "float", corpus="<!-- a|b -->")
+    assert r"Preset `smoke`, &lt;!-- a\|b --&gt;, 850 steps" in ex.report(bench, "ablations")[0]
+
+
+def test_a_run_that_does_not_say_when_it_was_trained_is_not_finished(bench):
+    scores = {"float": 1.3, "roundtrip": 1.4, "sliding": 1.2}
+    for label in ("qat-soft", "ttt-none"):
+        finish(bench, label, (1.3, None, None), "float", bpb=scores)
+        path = bench.folder(VARIANTS[label], 1337) / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in result.items() if key != "started"}))
+    assert bench.finished(VARIANTS["qat-soft"], 1337) and not bench.finished(VARIANTS["ttt-none"], 1337)
+
+
 # --- what is run again
 
 
@@ -493,6 +509,8 @@ def test_tiny_study_through_the_command_line(tmp_path, tiny, monkeypatch, capsys
     [
         (["--jobs", "0"], "--jobs"),
         (["--seeds", "1,x"], "--seeds"),
+        (["--seeds=-1"], "--seeds: -1 is not a whole number from 0 to 4294967295"),
+        (["--corpus", "../x"], "--corpus ../x"),
         (["--set", "ITERATIONS"], "--set"),
         (["--set", "ITERATIONS=x"], "ITERATIONS=x"),
         (["--only", "ablation-nothing"], "ablation-nothing"),
