@@ -22,6 +22,11 @@ artifact is finished, and nothing is chosen by these numbers.
 """
 from __future__ import annotations
 
+import runs as shared
+
+import train_gpt as tg  # before the others: it says in one line which package is missing
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -35,16 +40,13 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
+import numpy as np
+import torch
+from runs import ROOT, Mistake
+from torch import Tensor
 
 SCRIPT = ROOT / "train_gpt.py"
 CAP, CLOCK = 16_000_000, 600.0  # the challenge's, whatever limits the run set itself
@@ -57,6 +59,7 @@ OFF_THE_CLOCK = {"training": {"warm-up", "rehearsal", "validation", "float"}, "e
 SUM_TOLERANCE = 1e-4  # of the probabilities of a vocabulary, each from a float32 loss
 MOST_NOISE = 0.2  # nats; where equal passes differ by more, comparing them says nothing
 WINDOW_CUTS = 32  # windows cut singly
+MOST_PASSES = 1000
 SWEEP_TOKENS = 1 << 16  # read to sum the probabilities of one place
 
 
@@ -164,6 +167,7 @@ class ScoringPath:
                  untrained_from: int | None):
         """whole: positions of the split; untrained_from: the chunk from which the clock left no training."""
         self.blob, self.hp, self.world, self.untrained_from = blob, hp, world, untrained_from
+        self.whole = whole
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
         self.log, self.tolerance = Narrator(), 0.0
         compiling = tg.wants_compile(hp, world, self.log)
@@ -263,12 +267,13 @@ class Case:
 
     def too_short(self) -> str:
         """Why nothing can be said of test-time training, where the run has it and these positions do not."""
-        path, hp = self.path, self.path.hp
-        whole_has_it = hp.ttt_enabled and path.chunks > 1 and path.untrained_from != 0
-        if not whole_has_it or self.positions > hp.ttt_chunk_tokens:
+        path, size = self.path, self.path.hp.ttt_chunk_tokens
+        least = size + 2  # after the first training a token to change, and a loss before it
+        trains = path.hp.ttt_enabled and path.chunks > 1 and path.untrained_from != 0
+        if not trains or self.positions >= least:
             return ""
-        return (f"the first {self.positions:,} positions hold no training; use --positions "
-                f"{2 * hp.ttt_chunk_tokens} or more")
+        remedy = f"; use --positions {min(2 * size, path.whole)} or more" if path.whole >= least else ""
+        return f"the first {self.positions:,} positions hold no training, or no text to see it by{remedy}"
 
 
 def repeat_pass(case: Case) -> None:
@@ -295,7 +300,7 @@ def random_cuts(case: Case) -> list[int]:
     end = (case.trained[-1] + 1) * size if len(case.trained) > 1 else case.positions
     bounds = [2 + (end - 2) * i // k for i in range(k + 1)]
     if case.trained:
-        bounds[-2] = max(bounds[-2], size + 2)
+        bounds[-2] = min(max(bounds[-2], size + 2), end)
     return [case.rng.randrange(low, max(low + 1, high)) for low, high in zip(bounds, bounds[1:])]
 
 
@@ -316,6 +321,8 @@ def cut_single_windows(case: Case) -> tuple[list[str], int]:
 
 def check_causal(case: Case) -> Check:
     """Changing tokens from t on leaves every loss before t as it was: position p scores token p + 1."""
+    if case.positions < 2:
+        return Check("causal", NOT_CHECKED, "one position has none before it; use --positions 2 or more")
     path, base, cuts = case.path, case.base.losses, random_cuts(case)
     faults, windows = cut_single_windows(case)
     if path.tolerance > MOST_NOISE:
@@ -563,11 +570,9 @@ def read_result(artifact: Path) -> dict:
     path = artifact.parent / "result.json"
     if not path.is_file():
         return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if {"preset", "changed"} <= result.keys() else {}
-    except (ValueError, AttributeError):
-        raise tg.UserError(f"{path} is not a run's result; move it away to audit without it") from None
+    about = "is not a run's result", "move it away to audit without it"
+    result = shared.read_json(path, shared.RESULT, *about)
+    return result if {"preset", "changed"} <= result.keys() else {}
 
 
 def run_settings(result: Mapping, env: Mapping[str, str], places: Mapping[str, str]) -> tg.Hyperparameters:
@@ -578,7 +583,8 @@ def run_settings(result: Mapping, env: Mapping[str, str], places: Mapping[str, s
         show = lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value)
         changed = {key: value for key, value in result["changed"].items() if key not in OF_THE_RUN_ALONE}
         given = {"PRESET": result["preset"]} | {key.upper(): show(value) for key, value in changed.items()}
-        given["DTYPE"] = {"bfloat16": "bf16", "float32": "fp32"}[result["dtype"]]
+        if "dtype" in result:
+            given["DTYPE"] = {"bfloat16": "bf16", "float32": "fp32"}[result["dtype"]]
         given |= {key: env[key] for key in OF_THIS_MACHINE if key in env}
     fixed = {"STAGES": "evaluate", "RESUME": "0", "ARTIFACT": ""}
     return tg.Hyperparameters.from_env({**given, **places, **fixed})
@@ -598,13 +604,13 @@ class Finished:
     def open(artifact: Path, places: Mapping[str, str], env: Mapping[str, str]) -> Finished:
         """Read artifact, result and validation; places are those of the data where they are not the run's."""
         if not artifact.is_file():
-            raise tg.UserError(f"{artifact} is missing; name the artifact.bin of a finished run")
+            raise Mistake(f"{artifact} is missing; name the artifact.bin of a finished run")
         blob, result = artifact.read_bytes(), read_result(artifact)
         hp = run_settings(result, env, places)
         world = tg.World(hp, {})
         hp = tg.load_artifact(blob, hp, world)[0].hp
         validation = tg.Validation.load(hp, world)
-        stopped = result.get("proofs", {}).get("ttt", {}).get("untrained_from_chunk")
+        stopped = (result.get("proofs", {}).get("ttt") or {}).get("untrained_from_chunk")
         path = ScoringPath(blob, hp, world, len(validation.byte_counts), stopped)
         return Finished(blob, result, world, validation, path)
 
@@ -741,9 +747,13 @@ def summary(checks: list[Check]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the exit status."""
+    return shared.exit_status(partial(program, arguments))
+
+
+def program(arguments: list[str] | None) -> int:
+    """The command line; returns whether a check failed."""
+    parser = shared.parser(__doc__)
     parser.add_argument("artifact", type=Path, help="e.g. logs/RUN/artifact.bin")
     parser.add_argument("--data", help="folder of the validation shards (default: the run's)")
     parser.add_argument("--tokenizer", help="SentencePiece model (default: the run's)")
@@ -755,37 +765,42 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     named = {"DATA_PATH": given.data, "TOKENIZER_PATH": given.tokenizer}
     places = {key: value for key, value in named.items() if value}
-    try:
-        if given.techniques:
-            return print_techniques(given.artifact, places)
-        if given.passes < 1 or given.positions is not None and given.positions < 1:
-            raise tg.UserError("--positions and --passes must be at least 1")
-        return print_audit(given, places)
-    except (tg.UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
+    if given.techniques:
+        return print_techniques(given.artifact, places)
+    if given.passes < 1 or given.positions is not None and given.positions < 1:
+        raise Mistake("--positions and --passes must be at least 1")
+    if given.passes > MOST_PASSES:
+        raise Mistake(f"--passes must be at most {MOST_PASSES}")
+    if given.seed is not None and not shared.SEED.holds(given.seed):
+        raise Mistake(f"--seed must be {shared.SEED.name}")
+    return print_audit(given, places)
 
 
 def print_techniques(artifact: Path, places: Mapping[str, str]) -> int:
     """Print the table of techniques and leave it as techniques.json."""
     run = Finished.open(artifact, places, os.environ)
     found = techniques(run.path.load(), run.validation, run.world)
+    report = {"artifact_sha256": hashlib.sha256(run.blob).hexdigest(), "techniques": found}
+    write_beside(artifact, "techniques.json", report)
     print(f"{artifact}: nats per token on a batch of validation text, with each technique and without\n")
     print(techniques_table(found))
-    report = {"artifact_sha256": hashlib.sha256(run.blob).hexdigest(), "techniques": found}
-    tg.write_atomically(artifact.parent / "techniques.json", json.dumps(report, indent=1).encode())
     return 0
+
+
+def write_beside(artifact: Path, name: str, report: Mapping) -> None:
+    """Leave a report beside the artifact, before it is printed: the reader of a pipe may go."""
+    shared.write_atomically(artifact.parent / name, json.dumps(report, indent=1).encode())
 
 
 def print_audit(given: argparse.Namespace, places: Mapping[str, str]) -> int:
     """Make the checks, print them, leave them as audit.json; returns whether one failed."""
     seed = secrets.randbits(32) if given.seed is None else given.seed
     checks = audit(given.artifact, places, given.positions, given.passes, seed)
-    print(f"{given.artifact} (seed {seed})\n\n{table(checks)}\n\n{summary(checks)}")
     report = {"passed": all(check.status == PASS for check in checks),
               "artifact_sha256": hashlib.sha256(given.artifact.read_bytes()).hexdigest(), "seed": seed,
               "positions": given.positions, "checks": [dataclasses.asdict(check) for check in checks]}
-    tg.write_atomically(given.artifact.parent / "audit.json", json.dumps(report, indent=1).encode())
+    write_beside(given.artifact, "audit.json", report)
+    print(f"{given.artifact} (seed {seed})\n\n{table(checks)}\n\n{summary(checks)}")
     return int(any(check.status == FAIL for check in checks))
 
 

@@ -12,6 +12,11 @@ The table shows medians, the fastest and slowest round, matrix work as a share o
 that dtype reaches on this device, and each baseline's time over that of the row above it. Inputs are made up;
 `data` alone looks for a corpus, and says when there is none.
 """
+import runs as shared
+
+import train_gpt as tg  # before the others: it says in one line which package is missing
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -33,11 +38,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import zstandard
+from runs import ROOT, Mistake
 from torch import Tensor, nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
 
 POSITIONS = 62_000_000  # of the challenge's validation split, to which scoring is extrapolated
 CODE_STD = 2.85  # in steps: what 31.7 M weights can afford per code under 16 MB
@@ -631,7 +633,8 @@ def bench_ttt(bench: Bench) -> None:
 def first_step_seconds(command: list[str], env: dict[str, str], folder: str) -> float:
     """From the launch of a run to the line of its first step, where the run is ended."""
     start = time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
+    text = {"encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(command, cwd=folder, env=env, **text, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as process:
         try:
             line = ""
@@ -694,25 +697,17 @@ SUBCOMMANDS = {"train": bench_train, "muon": bench_muon, "qat": bench_qat, "gptq
 # ----------------------------------------------------------------------------------------------------------
 # The command line
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line."""
-
-    def error(self, message: str) -> None:
-        raise tg.UserError(f"{message}; try --help")
-
-
 def at_least_one(text: str) -> int:
     """A positive whole number."""
-    if not text.isdigit() or not int(text):
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 
-def parser() -> Parser:
+def parser() -> shared.Parser:
     """The command line's grammar."""
     what, examples, how = __doc__.split("\n\n")
-    made = Parser(prog="benchmark.py", description=f"{what}\n\n{how}", epilog=f"examples:\n{examples}",
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = shared.parser(f"{what}\n\n{how}", prog="benchmark.py", epilog=f"examples:\n{examples}")
     option = made.add_argument
     option("subcommand", choices=[*SUBCOMMANDS, "all"])
     option("--preset", choices=[*tg.PRESETS],
@@ -742,12 +737,15 @@ def settings_for(name: str, args: argparse.Namespace) -> tg.Hyperparameters:
     for pair in args.set:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise tg.UserError(f"--set {pair}: write NAME=VALUE")
+            raise Mistake(f"--set {pair}: write NAME=VALUE")
         env[key] = value
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
     if args.compile == "1" and not cuda and not any(map(shutil.which, compilers)):
-        raise tg.UserError("--compile needs a C++ compiler (g++ or clang++)")
-    return tg.Hyperparameters.from_env(env)
+        raise Mistake("--compile needs a C++ compiler (g++ or clang++)")
+    try:
+        return tg.Hyperparameters.from_env(env)
+    except tg.UserError as error:
+        raise Mistake("; ".join(str(error).splitlines())) from None
 
 
 def table(reports: list[dict]) -> str:
@@ -791,7 +789,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
         result = reports[0] if len(names) == 1 else {"subcommand": "all", "reports": reports}
         command = " ".join(["python records/benchmark.py", *arguments])
         print(table(reports))
-        tg.write_atomically(path, json.dumps({"command": command} | result, indent=1).encode())
+        shared.write_atomically(path, json.dumps({"command": command} | result, indent=1).encode())
         print(f"written to {path}")
     if world.grouped:
         world.close()
@@ -800,12 +798,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        run(parser().parse_args(arguments), arguments)
-    except (tg.UserError, OSError) as error:
-        print("error: " + "; ".join(str(error).splitlines()), file=sys.stderr)
-        return 1
-    return 0
+    return shared.exit_status(lambda: run(parser().parse_args(arguments), arguments))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ seed by seed tell more; they are tested too.
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import json
 import math
 import statistics
@@ -22,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import runs as shared
 from runs import SCORES, Mistake, Run, differing_settings, need, open_runs, show
 
 RECORD_NATS, RECORD_P = 0.005, 0.01
@@ -77,9 +79,9 @@ def one_sided(a: Sample, b: Sample, margin: float = 0.0) -> Test | None:
     t = (a.mean - b.mean + margin) / math.sqrt(sum(variances))
     if b.deviation is None:
         name, freedom = "one-sample t", a.count - 1.0
-    else:  # Welch and Satterthwaite
-        parts = [v**2 / (n - 1) for v, n in zip(variances, (a.count, b.count))]
-        name, freedom = "Welch's t", sum(variances) ** 2 / sum(parts)
+    else:  # Welch and Satterthwaite, by shares: the square of a tiny variance is zero
+        parts = [(v / sum(variances)) ** 2 / (n - 1) for v, n in zip(variances, (a.count, b.count))]
+        name, freedom = "Welch's t", 1 / sum(parts)
     return Test(name, t, freedom, float(stats.t.cdf(t, freedom)))
 
 
@@ -125,8 +127,10 @@ def parse_numbers(text: str) -> Sample:
         sample = Sample(float(mean), float(deviation), int(count))
     except ValueError:
         raise Mistake(f"{text} is not mean,deviation,count as in 1.1162,0.0006,3") from None
-    if not (0 < sample.mean < math.inf and 0 <= sample.deviation < math.inf and sample.count > 0):
-        raise Mistake(f"{text}: the mean must be above 0, the deviation at least 0 and the count at least 1")
+    fits = shared.SCORE.holds(sample.mean) and shared.SIZE.holds(sample.count)
+    if not fits or not 0 <= sample.deviation <= 1e6:
+        limits = "the mean must be above 0, the deviation at least 0 and the count at least 1"
+        raise Mistake(f"{text}: {limits}, and none of them huge")
     return sample if sample.count > 1 else Sample(sample.mean, None, 1)
 
 

@@ -12,10 +12,13 @@ interruption. Of the caller's settings only those of the data and the device rea
 """
 from __future__ import annotations
 
-import argparse
+import runs as shared
+
+# isort: split
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from runs import BOOKKEEPING, ROOT, Mistake, Run, exit_status, script, show, write_atomically
+from runs import BOOKKEEPING, ROOT, Mistake, Run, as_markdown, exit_status, script, show, write_atomically
 
 KEPT = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "DEVICE")
 CONSOLE = "console.txt"  # what a run printed; locked while it lives, it marks a folder that may be made anew
@@ -177,8 +180,11 @@ class Bench:
             source = self.finished(what.parent, seed)
             if source is None:
                 return None
-            left = source.result["artifact"]["sha256"] if hp.artifact else source.result["started"]
-            if run.result["scored_artifact_sha256" if hp.artifact else "started"] != left:
+            left, reads = source.result.get("started"), run.result.get("started")
+            if hp.artifact:
+                left = source.result["artifact"].get("sha256")
+                reads = run.result.get("scored_artifact_sha256")
+            if left is None or left != reads:
                 return None
         return run
 
@@ -286,7 +292,8 @@ def report(bench: Bench, name: str) -> tuple[str, int]:
     steps = sorted({str(run.result["steps"]) for run in runs if run and "steps" in run.result})
     missing = f"Incomplete: {runs.count(None)} of {len(runs)} runs are missing. " if None in runs else ""
     command = f"python records/experiments.py {name}{f' --corpus {bench.corpus}' if bench.corpus else ''}"
-    note = (f"{missing}Preset `smoke`, {''.join(corpora)}, {' or '.join(steps)} steps; mean ± sample "
+    corpus = as_markdown("".join(corpora))
+    note = (f"{missing}Preset `smoke`, {corpus}, {' or '.join(steps)} steps; mean ± sample "
             f"deviation over seeds {', '.join(map(str, bench.seeds))}; differences by seed. `{command}`")
     return "\n".join([*table(bench), "", note]), runs.count(None)
 
@@ -385,8 +392,7 @@ def execute(bench: Bench, tasks: Sequence[tuple[Variant, int]], env: Mapping[str
 
 def program() -> None:
     """Run what is missing, print the tables."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = shared.parser(__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     parser.add_argument("--seeds", default="1337,42,7", help="%(default)s")
@@ -401,6 +407,10 @@ def program() -> None:
     logs = arguments.logs.resolve()
     try:
         seeds = tuple(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+        if bad := [seed for seed in seeds if not shared.SEED.holds(seed)]:
+            raise Mistake(f"--seeds: {bad[0]} is not {shared.SEED.name}")
+        if not re.fullmatch(r"[\w.-]*", arguments.corpus) or arguments.corpus.startswith("."):
+            raise Mistake(f"--corpus {arguments.corpus}: write letters, digits, and . _ - between them")
         bench = Bench(logs, seeds, arguments.corpus, dict(text.split("=", 1) for text in arguments.set))
         script().Hyperparameters.from_env({"PRESET": "smoke", **bench.overrides})
     except ValueError as error:

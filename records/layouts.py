@@ -10,7 +10,9 @@ what train_gpt.py does: those very frames stand in the file that it writes.
 
 from __future__ import annotations
 
-import argparse
+import runs as shared
+
+# isort: split
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -178,8 +180,7 @@ def table(tensors: Mapping) -> str:
 
 def program() -> None:
     """The command line."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = shared.parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("run", type=Path, nargs="?", help="a run's folder, logs/RUN_ID, or an artifact")
     source.add_argument("--gaussian", action="store_true", help="Gaussian codes of the size of pr606")

@@ -8,13 +8,15 @@ The same call writes the same bytes. Lengths are pixels of a picture 800 wide, y
 
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import io
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import runs as shared
 from runs import Mistake, need
 
 WIDTH, HEIGHT, DPI = 800, 500, 96

@@ -7,17 +7,20 @@ The file needs nothing else: it opens offline, on a phone as on a large screen, 
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import io
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import cycle, pairwise
 from os.path import commonprefix
 from pathlib import Path
 
-import runs as shared
 from runs import SCORES, Mistake, Run, differing_settings, need, open_runs, show
 
 # Colours of runs, chosen to differ for the colour-blind and to stand out on white and on near-black.
@@ -67,10 +70,10 @@ def qat_start(run: Run) -> int | None:
 
 def averaging_start(run: Run) -> tuple[str, float] | None:
     """The exported average and the step where it begins: EMA's time constant, SWA's first snapshot."""
-    kind, rows = run.result["proofs"].get("averaging", {}).get("exported"), run.metrics("train")
-    if kind == "ema" and rows:
+    kind, rows = (run.result["proofs"].get("averaging") or {}).get("exported"), run.metrics("train")
+    if kind == "ema" and rows and "ema_decay" in run.settings:
         return "EMA", max(1.0, rows[-1]["step"] - 1 / max(1e-9, 1 - run.settings["ema_decay"]))
-    below = [row["step"] for row in rows if row["lr_scale"] < run.settings["swa_threshold"]]
+    below = [row["step"] for row in rows if row["lr_scale"] < run.settings.get("swa_threshold", 0.0)]
     return ("SWA", below[0]) if kind == "swa" and below else None
 
 
@@ -138,6 +141,7 @@ def draw_loss(runs: Sequence[Run], size: tuple[float, float], key: str = "step")
     compared = key == "step" and len(runs) > 1 and all(run.metrics("train") for run in runs)
     figure, panels = new_figure(size, (4, 1.5, 1) if compared else (4, 1))
     top, bottom, unit, highest, lowest = panels[0], panels[-1], loss_unit(runs), 0.0, math.inf
+    named: dict[str, list] = {"handles": [], "labels": []}
     for run, name, colour in zip(runs, short_names(runs), cycle(COLOURS)):
         rows = run.metrics("train")
         if not rows:
@@ -147,7 +151,8 @@ def draw_loss(runs: Sequence[Run], size: tuple[float, float], key: str = "step")
         smooth, x = smoothed(raw), [rows[i][key] for i in keep]
         name = name if size == WIDE or len(name) < 20 else f"{name[:18]}…"
         top.plot(x, [raw[i] for i in keep], color=colour, alpha=0.22, linewidth=0.7)
-        top.plot(x, [smooth[i] for i in keep], color=colour, linewidth=1.8, label=name.replace("$", r"\$"))
+        named["handles"] += top.plot(x, [smooth[i] for i in keep], color=colour, linewidth=1.8, label=name)
+        named["labels"].append(name.replace("$", r"\$"))  # no formula
         points = [(row[key], row["loss"] * factor) for row in run.metrics("validation")]
         if points:
             top.plot(*zip(*points), color=colour, marker="o", markersize=4.5, linestyle="--", linewidth=1)
@@ -174,8 +179,7 @@ def draw_loss(runs: Sequence[Run], size: tuple[float, float], key: str = "step")
         right.spines["right"].set_visible(False)
     if len(runs) > 1:
         columns = min(len(runs), 4 if size == WIDE else 2)
-        lines = top.get_legend_handles_labels()
-        figure.legend(*lines, frameon=False, loc="outside upper left", ncols=columns)
+        figure.legend(**named, frameon=False, loc="outside upper left", ncols=columns)
     return figure
 
 
@@ -236,7 +240,7 @@ def draw_ttt(runs: Sequence[Run], size: tuple[float, float]):
         if "sliding" in run.bpb:
             axis.axhline(run.bpb["sliding"], color=colour, linestyle=":", linewidth=1.2)
             ends.append(run.bpb["sliding"])
-        stop = run.result["proofs"].get("ttt", {}).get("untrained_from_chunk")
+        stop = (run.result["proofs"].get("ttt") or {}).get("untrained_from_chunk")
         if stop is not None and stop < len(rows):
             axis.axvline(rows[stop]["positions"] / unit, color=colour, linestyle="--", linewidth=1)
     if max(ends) > min(ends):
@@ -310,11 +314,11 @@ def headline(run: Run, chip: str) -> str:
     """One card: the score, the bytes and both clocks of a run at a glance."""
     result, last = run.result, list(run.bpb)[-1] if run.bpb else None
     tiles = [(f"{run.bpb[last]:.4f}", f"bits per byte, {last}")] if last else []
-    if artifact := result.get("artifact"):
+    if artifact := result["artifact"]:
         fits = verdict(artifact["total_bytes"] <= artifact["limit"], "over the limit")
         tiles.append((f"{artifact['total_bytes']:,}", f"bytes of {artifact['limit']:,}{fits}"))
     for clock, budget in result["budget"].items():
-        tiles.append((f"{budget['used']:.0f} s", f"{clock}{verdict(budget['within'], 'exceeded')}"))
+        tiles.append((f"{budget['used']:.0f} s", f"{escape(clock)}{verdict(budget['within'], 'exceeded')}"))
     if "params" in result:
         tiles += [(f"{result['params'] / 1e6:.2f} M", "parameters"), (f"{result.get('steps', 0):,}", "steps")]
     cells = "".join(f"<div><strong>{value}</strong><span>{what}</span></div>" for value, what in tiles)
@@ -367,14 +371,14 @@ def stacked(parts: Sequence[tuple[str, float]], whole: float, number: str, limit
 
 def artifact_bytes(run: Run) -> str:
     """What the artifact's bytes are spent on, against the limit."""
-    artifact = run.result.get("artifact")
+    artifact = run.result["artifact"]
     if not artifact:
         return ""
     sections, total, limit = artifact.get("sections", {}), artifact["total_bytes"], artifact["limit"]
     parts = [("code", artifact["code_bytes"])]
     parts += [(section_name(key), part["bytes"]) for key, part in sections.items()]
     coded = [part for key, part in sections.items() if key.partition(".")[2].isdigit()]
-    codes = sum(part["plain_bytes"] for part in coded)  # each a byte before it is packed
+    codes = sum(part.get("plain_bytes", 0) for part in coded)  # each a byte before it is packed
     bits = 8 * sum(part["bytes"] for part in coded) / max(1, codes)
     used = f"{total:,} of {limit:,} bytes, {100 * total / limit:.1f} %"
     used += verdict(total <= limit, "over the limit")
@@ -388,8 +392,8 @@ def error_map(run: Run) -> str:
     """GPTQ's error as a share of plain rounding's, layer by layer and matrix by matrix."""
     quantizer, grid = run.result["proofs"].get("quantizer", {}), {}
     for name, errors in quantizer.get("matrices", {}).items():
-        _, layer, kind = name.removesuffix(".weight").split(".", 2)
-        grid.setdefault(int(layer), {})[kind] = errors
+        if place := re.fullmatch(r"blocks\.([0-9]{1,4})\.([\w.]+)\.weight", name):
+            grid.setdefault(int(place[1]), {})[place[2]] = errors
     if not grid:
         return ""
     kinds = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"]
@@ -426,7 +430,7 @@ def technique_table(runs: Sequence[Run]) -> str:
     """How much higher the loss of a batch of validation text is without each technique."""
     names = dict.fromkeys(name for run in runs for name in run.techniques)
     change = lambda effect: OFF if effect is None else f"{effect:+.4f}"
-    rows = [[n.replace("_", " "), *(change(run.techniques.get(n)) for run in runs)] for n in names]
+    rows = [[escape(n.replace("_", " ")), *(change(run.techniques.get(n)) for run in runs)] for n in names]
     return table(["without it, nats", *chips(runs)], rows) if rows else ""
 
 
@@ -475,7 +479,7 @@ def machine_table(runs: Sequence[Run]) -> str:
         "peak memory": lambda r: f"{r['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in r else "",
         "compiled": lambda r: "yes" if r.get("compiled") else "no",
         "script, SHA-256": lambda r: r.get("script_sha256", ""),
-        "artifact, SHA-256": lambda r: r.get("artifact", {}).get("sha256", "")}
+        "artifact, SHA-256": lambda r: r["artifact"].get("sha256", "")}
     cell = lambda fact, run: f"<span class='long'>{escape(str(fact(run.result)))}</span>"
     return table(["", *chips(runs)], [[n, *(cell(f, run) for run in runs)] for n, f in facts.items()], "text")
 
@@ -637,6 +641,7 @@ def program() -> None:
     parser.add_argument("--out", type=Path, help=place)
     arguments = parser.parse_args()
     need("matplotlib")
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # a name's; a browser has more fonts
     runs = open_runs(arguments.runs)
     path = arguments.out or runs[0].folder / "report.html"
     if path.suffix != ".html":

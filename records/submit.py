@@ -10,6 +10,9 @@ each artifact (audit.json beside it). With --non-record a breach only warns, and
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import hashlib
 import json
 import re
@@ -23,12 +26,14 @@ from datetime import UTC, date, datetime
 from itertools import chain
 from pathlib import Path
 
-import runs as shared
-from runs import BOOKKEEPING, ROOT, SCORES, Mistake, Run, differing_settings, open_runs, show
+from runs import BOOKKEEPING, ROOT, SCORES, Mistake, Run, as_code, as_markdown, open_runs, show
 
 LIMIT_BYTES, LIMIT_SECONDS, SEEDS = 16_000_000, 600.0, 3
 DATA_ROOT = "../../../data"  # of the challenge's repository, seen from records/TRACK/FOLDER
-VERDICTS = ("pass", "fail", "not checked")
+AUDIT = {"passed": shared.FLAG, "checks": [{
+    "name": shared.Kind("a name", lambda value: shared.TEXT.holds(value) and value != ""),
+    "status": shared.Kind("a verdict", lambda value: value in ("pass", "fail", "not checked")),
+    "evidence?": shared.STRING}]}
 
 
 # What the runs hand in
@@ -52,13 +57,7 @@ def audit_of(run: Run) -> dict | None:
     path = run.folder / "audit.json"
     if not path.is_file():
         return None
-    try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
-        if any(check["status"] not in VERDICTS or not check["name"] for check in audit["checks"]):
-            raise ValueError("a check without a name or with an unknown status")
-        return {"passed": bool(audit["passed"]), "checks": audit["checks"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Mistake(f"{path} is not an audit's result ({error}); run the audit again") from None
+    return shared.read_json(path, AUDIT, "is not an audit's result", "run the audit again")
 
 
 def final_score(runs: Sequence[Run]) -> str:
@@ -77,7 +76,7 @@ def breaches(runs: Sequence[Run]) -> Iterator[str]:
     hashes = {run.result.get("script_sha256") for run in runs}
     if len(hashes) > 1:
         yield f"the runs were made by {len(hashes)} different scripts; only one can be submitted"
-    if mixed := differing_settings(runs, besides=("seed",)):
+    if mixed := shared.differing_settings(runs, besides=("seed",)):
         yield f"the runs differ in more than the seed: {', '.join(map(str.upper, mixed))}"
     seeds = {run.seed for run in runs}
     if len(seeds) < max(SEEDS, len(runs)):
@@ -94,7 +93,7 @@ def breaches(runs: Sequence[Run]) -> Iterator[str]:
 def breaches_of(run: Run) -> Iterator[str]:
     """The breaches of a single run."""
     result = run.result
-    artifact = result.get("artifact", {})
+    artifact = result["artifact"]
     cap = min(LIMIT_BYTES, artifact.get("limit", LIMIT_BYTES))
     if not artifact:
         yield "it has no artifact"
@@ -140,9 +139,8 @@ def machine(run: Run) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    text = lambda cell: " ".join(str(cell).split()).replace("|", "\\|")
-    line = lambda cells: f"| {' | '.join(map(text, cells))} |"
+    """A table of cells that are Markdown already; the first column is text, the others are numbers."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
     return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)])
 
 
@@ -159,7 +157,7 @@ def results_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         scores = [f"{run.bpb[name]:.5f}" for name in names]
-        size = run.result.get("artifact", {}).get("total_bytes")
+        size = run.result["artifact"].get("total_bytes")
         pace = f"{run.result.get('steps', 0):,}", f"{run.result.get('step_ms', 0):.1f}"
         rows.append([run.seed, *scores, f"{run.nats[final]:.5f}", f"{size:,}" if size else "none", *pace])
     means = [mean_and_deviation([run.bpb[name] for run in runs], 5) for name in names]
@@ -175,9 +173,9 @@ def budget_table(runs: Sequence[Run]) -> str:
         for kind, note in (("counted", ""), ("uncounted", " (not counted)")):
             for phase in dict.fromkeys(phase for budget in budgets for phase in budget.get(kind, {})):
                 seconds = (f"{budget.get(kind, {}).get(phase, 0):.1f}" for budget in budgets)
-                rows.append([f"{clock}: {phase}{note}", *seconds])
+                rows.append([as_markdown(f"{clock}: {phase}{note}"), *seconds])
         used = (f"**{budget.get('used', 0):.1f}**" for budget in budgets)
-        rows.append([f"**{clock}**, of {LIMIT_SECONDS:.0f} s", *used])
+        rows.append([f"**{as_markdown(clock)}**, of {LIMIT_SECONDS:.0f} s", *used])
     return markdown_table(["seconds", *(f"seed {run.seed}" for run in runs)], rows)
 
 
@@ -209,13 +207,14 @@ def proofs_table(runs: Sequence[Run]) -> str:
     columns = [proof_rows(run) for run in runs]
     head = ["proof", *(f"seed {run.seed}" for run in runs)]
     names = dict.fromkeys(chain.from_iterable(columns))
-    return markdown_table(head, [[name, *(column.get(name, "off") for column in columns)] for name in names])
+    rows = [map(as_markdown, (name, *(column.get(name, "off") for column in columns))) for name in names]
+    return markdown_table(head, rows)
 
 
 def audit_table(runs: Sequence[Run]) -> str:
     """Every check of every run's audit with its evidence."""
     audits = [(run.seed, audit) for run in runs if (audit := audit_of(run))]
-    rows = [[check["name"], seed, check["status"], check.get("evidence", "")]
+    rows = [map(as_markdown, (check["name"], seed, check["status"], check.get("evidence", "")))
             for seed, audit in audits for check in audit["checks"]]
     head = ["check", "seed", "status", "evidence"]
     return markdown_table(head, rows) if rows else "No artifact has been audited."
@@ -229,19 +228,20 @@ def changed_settings(run: Run) -> dict[str, str]:
 
 def settings_text(run: Run) -> str:
     """The settings that were changed from the preset, as a table."""
-    about, changed = f"The preset `{run.result['preset']}` of the script", changed_settings(run)
+    about, changed = f"The preset {as_code(run.result['preset'])} of the script", changed_settings(run)
     if not changed:
         return f"{about}, with nothing changed."
-    rows = [[f"`{name}`", f"`{value}`"] for name, value in changed.items()]
+    rows = [map(as_code, setting) for setting in changed.items()]
     return f"{about}, with these changes:\n\n{markdown_table(['setting', 'value'], rows)}"
 
 
 def reproduce_command(run: Run) -> str:
     """The command line that makes one of the runs again, from inside the folder."""
+    name = lambda setting: Path(run.settings.get(setting, "")).name
     settings = {
         "PRESET": run.result["preset"], "SEED": run.seed,
-        "DATA_PATH": f"{DATA_ROOT}/datasets/{Path(run.settings['data_path']).name}",
-        "TOKENIZER_PATH": f"{DATA_ROOT}/tokenizers/{Path(run.settings['tokenizer_path']).name}"}
+        "DATA_PATH": f"{DATA_ROOT}/datasets/{name('data_path')}",
+        "TOKENIZER_PATH": f"{DATA_ROOT}/tokenizers/{name('tokenizer_path')}"}
     settings |= changed_settings(run)
     given = (f"{name}={shlex.quote(str(value))}" for name, value in settings.items())
     processes = run.result.get("world_size", 1)
@@ -253,11 +253,13 @@ def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) 
     final, first = final_score(runs), runs[0].result
     mean = mean_and_deviation([run.bpb[final] for run in runs], 5)
     count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
-    about = f"{first['corpus']}, {first.get('val_tokens', 0):,} positions, {machine(runs[0])}"
-    parts = [f"# {name}", f"**{mean} bits per byte** ({final}, {count}, {about})."]
+    about = f"{first['corpus']}, {first.get('val_tokens') or 0:,} positions, {machine(runs[0])}"
+    about = as_markdown(about)
+    parts = [f"# {as_markdown(name)}", f"**{mean} bits per byte** ({final}, {count}, {about})."]
     parts += [blurb] if blurb else []
     if warnings:
-        parts += ["## What keeps this from being a record", "\n".join(f"- {line}" for line in warnings)]
+        lines = "\n".join(f"- {as_markdown(line)}" for line in warnings)
+        parts += ["## What keeps this from being a record", lines]
     meaning = "; ".join(f"{key}: {text}" for key, text in SCORES.items())
     parts += [
         "## Results", results_table(runs), f"{meaning}.",
@@ -270,7 +272,8 @@ def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) 
         "## Audit", audit_table(runs),
         "## Reproduce", f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",
         f"```\npip install -r requirements.txt\n{reproduce_command(runs[0])}\n```",
-        f"Script SHA-256: `{first.get('script_sha256')}`. Machine and versions: `{first.get('hardware')}`.",
+        f"Script SHA-256: {as_code(first.get('script_sha256', ''))}. "
+        f"Machine and versions: {as_code(first.get('hardware', ''))}.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -280,7 +283,7 @@ def submission(runs: Sequence[Run], warnings: Sequence[str], given: dict[str, st
     final = final_score(runs)
     bpb, nats = [run.bpb[final] for run in runs], [run.nats[final] for run in runs]
     deviation = lambda values: statistics.stdev(values) if len(values) > 1 else None
-    artifacts = [run.result.get("artifact", {}) for run in runs]
+    artifacts = [run.result["artifact"] for run in runs]
     each = [
         {"seed": run.seed, "val_bpb": run.bpb[final], "val_loss": run.nats[final],
          "bytes_total": artifact.get("total_bytes"), "steps": run.result.get("steps")}
@@ -313,17 +316,18 @@ def log_names(runs: Sequence[Run]) -> list[str]:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a folder so that it is there whole or not at all."""
+    """Write a folder so that it is there whole or not at all; Mistake where it is not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         temporary.chmod(0o755)
         for name, data in files.items():
-            shared.write_atomically(temporary / name, data)
+            (temporary / name).write_bytes(data)
         temporary.rename(folder)
-    except BaseException:
+    except OSError as error:
+        raise Mistake(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def program() -> None:

@@ -6,19 +6,23 @@ The compressors' row is for scale: xz -9 and zstd -22 on the validation text, wh
 """
 from __future__ import annotations
 
+import runs as shared
+
+# isort: split
 import lzma
 import sys
 from pathlib import Path
 
-import runs as shared
-import zstandard
-from runs import SCORES, Run, exit_status
+from runs import SCORES, Mistake, Run, exit_status
 
 MOST_TEXT_BYTES = 20_000_000  # xz -9 takes about a second per megabyte
 
 
 def compressor_bpb(text: bytes) -> dict[str, float]:
     """Bits per byte of xz -9e and zstd -22 on a text."""
+    shared.need("zstandard")
+    import zstandard
+
     sizes = {"xz -9": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
              "zstd -22": len(zstandard.ZstdCompressor(level=22).compress(text))}
     return {name: 8 * size / len(text) for name, size in sizes.items()}
@@ -56,8 +60,7 @@ def summary(folder: Path, text_path: Path | None) -> str:
     about = f"{folder}: {result['preset']}, seed {result['seed']}, {result.get('params', 0):,} parameters"
     lines = ["", f"{about}, {result.get('steps', 0)} steps, corpus: {result['corpus']}", "",
              "score (lower is better)", *score_lines(result, compressor_bpb(text) if text else {})]
-    if "artifact" in result:
-        a = result["artifact"]
+    if a := result["artifact"]:
         verdict = "fits" if a["total_bytes"] <= a["limit"] else "OVER THE LIMIT"
         lines += ["", "artifact", f"  model {a['model_bytes']:,} B + code {a['code_bytes']:,} B "
                   f"= {a['total_bytes']:,} B of {a['limit']:,} B ({verdict})"]
@@ -75,6 +78,8 @@ def program() -> None:
     parser.add_argument("--text", type=Path, help=about)
     arguments = parser.parse_args()
     data = Path(Run.open(arguments.run).result.get("data_path", ""))
+    if arguments.text and not arguments.text.is_file():
+        raise Mistake(f"{arguments.text} is missing; name a text with --text, or leave it out")
     print(summary(arguments.run, arguments.text or data / "val.txt"))
 
 

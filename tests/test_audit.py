@@ -153,6 +153,34 @@ def test_a_slice_without_training_says_so(run):
     assert not failed(checks)
 
 
+@pytest.mark.parametrize("positions", [1, 2, 3, 256, 257, 258])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_slice_of_any_length_fails_no_sound_artifact(run, finished, positions, passes):
+    """One position has none before it; a chunk and one more have no loss between a training and a cut."""
+    text = finished.validation.tokens[: positions + 1], finished.validation.byte_counts[:positions]
+    case = audit.Case(finished.path, *text, finished.path.score(*text), random.Random(4), passes)
+    wanted = "not checked" if positions < finished.path.hp.ttt_chunk_tokens + 2 else "pass"
+    assert audit.check_causal(case).status == wanted
+    assert audit.check_score_before_update(case).status == wanted
+    assert audit.check_normalised(case).status == "pass"
+    assert all(t <= positions for t in audit.random_cuts(case)) or positions == 1
+
+
+def test_one_position_without_test_time_training_is_not_checked(copy):
+    change_result(copy, lambda result: result["scored_with"]["changed"].update(ttt_enabled=False))
+    checks = checks_of(copy, positions=1)
+    assert checks["causal"].status == "not checked" and not failed(checks)
+    assert checks_of(copy, positions=2)["causal"].status == "pass"
+
+
+def test_a_short_text_is_not_told_to_be_longer(finished, honest):
+    """Where the whole validation text ends one position after the first training, no option helps."""
+    path = audit.ScoringPath(finished.blob, finished.path.hp, finished.world, 257, None)
+    text = finished.validation.tokens[:258], finished.validation.byte_counts[:257]
+    short = audit.Case(path, *text, honest.base, random.Random(4), 1)
+    assert short.too_short().startswith("the first 257 positions") and "--positions" not in short.too_short()
+
+
 @pytest.mark.parametrize("skip_sliding, name", [("0", "sliding"), ("1", "roundtrip")])
 def test_a_run_without_test_time_training(copy, skip_sliding, name):
     def change(result):
@@ -373,7 +401,7 @@ def fallback_as_three(table):
 def test_a_wrong_byte_table_is_caught(run, monkeypatch, plant):
     build = tg.ByteTable.__init__
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), plant(self))[0])
-    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    monkeypatch.setattr(tg, "check_tokenizer", lambda *_: None)
     checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "the byte table is wrong" in checks["bytes"].evidence
     if plant is blanks_twice:
@@ -390,7 +418,7 @@ def test_a_rule_that_is_wrong_twice_is_caught(run, monkeypatch):
         return rule
 
     monkeypatch.setattr(tg.ByteTable, "__init__", lambda self, sp: (build(self, sp), blanks_twice(self))[0])
-    monkeypatch.setattr(tg, "check_byte_table", lambda *_: None)
+    monkeypatch.setattr(tg, "check_tokenizer", lambda *_: None)
     monkeypatch.setattr(audit.ByteRule, "of", misread)
     checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "not those of the decoded text" in checks["bytes"].evidence
@@ -565,10 +593,32 @@ def test_a_mistake_gets_one_line(copy, capsys, mistake, options):
     assert not (copy / "audit.json").exists() and not (copy / "techniques.json").exists()
 
 
-@pytest.mark.parametrize("option", ["--positions", "--passes"])
-def test_nothing_can_be_said_of_no_positions_or_passes(copy, capsys, option):
-    assert audit.main([str(copy / "artifact.bin"), option, "0"]) == 1
-    assert option in capsys.readouterr().err and not (copy / "audit.json").exists()
+@pytest.mark.parametrize(
+    "option, value",
+    [("--positions", 0), ("--positions", -1), ("--passes", 0), ("--passes", 1001), ("--seed", 2**70)],
+)
+def test_nothing_can_be_said_of_no_positions_or_passes(copy, capsys, option, value):
+    assert audit.main([str(copy / "artifact.bin"), f"{option}={value}"]) == 1
+    err = capsys.readouterr().err
+    assert option in err and len(err.splitlines()) == 1 and not (copy / "audit.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result.update(proofs=None),
+        lambda result: result["scored_with"].pop("changed"),
+        lambda result: result["scored_with"].update(dtype="float8"),
+        lambda result: result["budget"]["training"]["counted"].update(train="1"),
+        lambda result: result["proofs"]["ttt"].update(untrained_from_chunk=-1),
+    ],
+)
+def test_a_result_of_wrong_types_gets_one_line(copy, capsys, change):
+    change_result(copy, change)
+    assert audit.main([str(copy / "artifact.bin")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {copy}/result.json is not a run's result")
+    assert err.endswith("move it away to audit without it\n") and len(err.splitlines()) == 1
 
 
 def test_the_settings_are_the_runs(run):

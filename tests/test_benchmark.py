@@ -317,6 +317,7 @@ def test_full_presets_are_cut_on_a_cpu_and_only_there():
         ([], "subcommand"),
         (["banana"], "banana"),
         (["train", "--repeats", "0"], "positive"),
+        (["train", "--repeats", "\u00b2"], "positive"),
         (["train", "--set", "NUM_LAYERS"], "NAME=VALUE"),
         (["train", "--set", "NUM_LAYERZ=3"], "NUM_LAYERS"),
         (["train", "--set", "NUM_HEADS=3", "--set", "NUM_KV_HEADS=2"], "multiple"),

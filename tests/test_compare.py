@@ -75,6 +75,13 @@ def test_no_test_without_a_deviation(tmp_path, monkeypatch, capsys):
     assert status == 0 and "no test" in out and "a record?" not in out
 
 
+def test_a_deviation_whose_square_is_lost_is_tested_too():
+    """Its share of the variance is none: what is left is the one-sample test."""
+    a, b = compare.Sample(1.0, 1e-100, 3), compare.Sample(1.1, 1e-110, 3)
+    test = compare.one_sided(a, b)
+    assert test.freedom == pytest.approx(2.0) and test.p == pytest.approx(0.0)
+
+
 @pytest.mark.parametrize(
     "gain, spread, answer",
     [(0.0020, 1e-5, "no"), (0.0040, 1e-5, "yes"), (0.0040, 2e-3, "no"), (-0.004, 1e-5, "no")],
@@ -207,6 +214,9 @@ def test_other_corpus_than_the_records(tmp_path, monkeypatch, capsys):
         (["A0", "--score", "sliding"], "no sliding score"),
         (["damaged"], "not a finished run's"),
         (["A0", "--against", "nan,0.1,3"], "must be above 0"),
+        (["A0", "--against", "1e308,0.1,3"], "none of them huge"),
+        (["A0", "--against", "1.1,1e308,3"], "none of them huge"),
+        (["A0", "--against", f"1.1,0.1,{'9' * 40}"], "none of them huge"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, part):

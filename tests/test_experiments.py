@@ -20,6 +20,9 @@ from runs import Mistake, Run
 import train_gpt as tg
 
 SEEDS = (1337, 42, 7)
+# What a run's file holds of an artifact and of QAT, whichever part a test is about.
+SIZES = {"model_bytes": 1, "code_bytes": 1, "total_bytes": 2, "limit": 16_000_000}
+QAT = dict.fromkeys(("first_step", "distance_before", "distance_raw", "loss", "loss_rounded"), 0.5)
 VARIANTS = {what.label: what for study in ex.STUDIES.values() for what in ex.with_parents(study[0])}
 
 
@@ -41,6 +44,10 @@ def finish(bench, label, values, score, **more):
             folder.mkdir()
             result = {"preset": "smoke", "seed": seed, "corpus": "a text", "steps": 850, "started": "noon"}
             result |= {"bpb": {score: value}, "settings": settings(bench, label, seed)} | more
+            if "artifact" in more:
+                result["artifact"] = SIZES | more["artifact"]
+            if more.get("proofs", {}).get("qat"):
+                result["proofs"] = {"qat": QAT | more["proofs"]["qat"]}
             (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -215,6 +222,22 @@ def test_a_whole_table_is_written(bench, monkeypatch, capsys):
     assert "| nothing" in written and "old" not in written
 
 
+def test_the_name_of_a_text_is_escaped_in_the_page(bench):
+    for label in ex.ABLATIONS:
+        finish(bench, f"ablation-{label}", (1.3, 1.3, 1.3), "float", corpus="<!-- a|b -->")
+    assert r"Preset `smoke`, &lt;!-- a\|b --&gt;, 850 steps" in ex.report(bench, "ablations")[0]
+
+
+def test_a_run_that_does_not_say_when_it_was_trained_is_not_finished(bench):
+    scores = {"float": 1.3, "roundtrip": 1.4, "sliding": 1.2}
+    for label in ("qat-soft", "ttt-none"):
+        finish(bench, label, (1.3, None, None), "float", bpb=scores)
+        path = bench.folder(VARIANTS[label], 1337) / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in result.items() if key != "started"}))
+    assert bench.finished(VARIANTS["qat-soft"], 1337) and not bench.finished(VARIANTS["ttt-none"], 1337)
+
+
 # --- what is run again
 
 
@@ -295,14 +318,20 @@ def test_folders_of_others_and_of_living_runs_are_left_alone(bench):
 def test_quantising_starts_from_the_training_alone(bench):
     scores = {"float": 1.3, "roundtrip": 1.4, "ttt": 1.2}
     finish(
-        bench, "qat-soft", (1.3, None, None), "float", proofs={"qat": 1}, artifact={"sha256": 1}, bpb=scores
+        bench,
+        "qat-soft",
+        (1.3, None, None),
+        "float",
+        proofs={"qat": QAT},
+        artifact={"sha256": "a"},
+        bpb=scores,
     )
     parent, folder = bench.folder(VARIANTS["qat-soft"], 1337), bench.logs / "next"
     (parent / "model.pt").write_bytes(b"weights")
     folder.mkdir()
     ex.hand_over(Run.open(parent), folder)
     result = json.loads((folder / "result.json").read_text())
-    assert result["proofs"] == {"qat": 1} and result["bpb"] == {"float": 1.3} and "artifact" not in result
+    assert result["proofs"] == {"qat": QAT} and result["bpb"] == {"float": 1.3} and "artifact" not in result
     assert (folder / "model.pt").read_bytes() == b"weights"
 
 
@@ -480,6 +509,8 @@ def test_tiny_study_through_the_command_line(tmp_path, tiny, monkeypatch, capsys
     [
         (["--jobs", "0"], "--jobs"),
         (["--seeds", "1,x"], "--seeds"),
+        (["--seeds=-1"], "--seeds: -1 is not a whole number from 0 to 4294967295"),
+        (["--corpus", "../x"], "--corpus ../x"),
         (["--set", "ITERATIONS"], "--set"),
         (["--set", "ITERATIONS=x"], "ITERATIONS=x"),
         (["--only", "ablation-nothing"], "ablation-nothing"),

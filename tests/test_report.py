@@ -238,6 +238,34 @@ def test_names_and_corpora_are_escaped(tmp_path, full, request):
     assert "<script" not in html and "&lt;script&gt;" in html and "a&amp;b &lt;i&gt;" in html
 
 
+def test_every_name_of_a_file_is_escaped(tmp_path, undrawn):
+    """Clocks, phases, sections, techniques, settings, what was exported, hardware."""
+    bad, base = "<script>alert('1')</script>", result_of()
+    clock = base["budget"]["training"] | {"counted": {bad: 1.0}, "uncounted": {bad: 1.0}}
+    sizes = base["artifact"] | {"sections": {bad: {"bytes": 5}}, "sha256": bad}
+    changes = {
+        "budget": {bad: clock},
+        "artifact": sizes,
+        "hardware": bad,
+        "preset": bad,
+        "script_sha256": bad,
+    }
+    changes |= {"proofs": {"averaging": {"exported": bad, "distance_from_raw": 0.1}}}
+    changes |= {"settings": {"a": bad, "b": [bad]}, "changed": {"a": bad}}
+    found = {"artifact_sha256": bad, "techniques": {bad: {"loss": 1.0, "loss_without": 2.0}}}
+    html = report.page([write_run(tmp_path / "run", techniques=found, **changes)])
+    assert "<script" not in html and html.count("&lt;script&gt;alert(&#x27;1&#x27;)") >= 12
+
+
+@pytest.mark.parametrize("name", ["_under", "a$b$", r"a\$b", "${x^2}$", "a\tb"])
+def test_a_name_is_drawn_as_it_is(tmp_path, full, name):
+    """No formula, and in the legend though it begins like one of matplotlib's own."""
+    figure = report.draw_loss([full, write_run(tmp_path / name)], report.WIDE)
+    drawn = report.as_svg(figure, "loss")
+    texts = [text.text for text in ElementTree.fromstring(drawn).iter() if text.text]
+    assert name.replace("\t", "\ufffd") in texts
+
+
 def marks(runs, key="step"):
     """The labelled vertical lines of the main figure: label -> place."""
     figure = report.draw_loss(runs, report.WIDE, key)

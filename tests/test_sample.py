@@ -29,6 +29,21 @@ def test_draws_follow_the_softmax_at_that_temperature(temperature):
     assert torch.allclose(counts, torch.softmax(LOGITS / temperature, 0), atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e-3])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    assert set(draws(5, temperature=temperature)) == {1}
+
+
+def test_a_huge_temperature_draws_evenly():
+    counts = torch.bincount(torch.tensor(draws(4000, temperature=1e308)), minlength=5) / 4000
+    assert torch.allclose(counts, torch.full((5,), 0.2), atol=0.03)
+
+
+def test_logits_that_are_not_finite_are_a_mistake():
+    with pytest.raises(shared.Mistake, match="not finite"):
+        sample.choose(torch.tensor([0.0, float("nan")]), 1.0, 1.0, None)
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     """The likeliest tokens are 1, 4 and 2: two of them hold less than 0.8, three more."""
     odds = torch.softmax(LOGITS, 0)
@@ -102,7 +117,8 @@ def test_the_packed_model_speaks(run, capsys, monkeypatch):
     assert first.startswith("The value of") and len(first.strip()) > len("The value of")
     assert text("--prompt", "The value of", "--seed", 3) == first
     assert text("--prompt", "The value of", "--seed", 4) != first
-    assert text("--temperature", 0, "--seed", 3) == text("--temperature", 0, "--seed", 4) != text("--seed", 3)
+    likeliest = ("--prompt", "The value of", "--temperature", 0, "--seed")
+    assert text(*likeliest, 3) == text(*likeliest, 4) != first
 
 
 @pytest.mark.whole
@@ -124,10 +140,67 @@ def test_samples_come_from_the_artifact(run, capsys, monkeypatch, tmp_path, tiny
 
 
 @pytest.mark.whole
+def test_an_artifact_and_a_tokenizer_are_enough(run, capsys, monkeypatch, tmp_path, tiny):
+    """No result.json: the context window is the preset's, 256, where the run's was 128."""
+    blob = run / "artifact.bin"
+    (tmp_path / "some.bin").write_bytes(blob.read_bytes())
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/artifact.bin").write_bytes(blob.read_bytes())
+    windows, generate = [], sample.generate
+
+    def watched(model, world, tokens, count, window, pick):
+        windows.append(window)
+        return generate(model, world, tokens, count, window, pick)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    monkeypatch.chdir(tmp_path)
+    options = ("--tokens", 9, "--seed", 2, "--prompt", "The value of")
+    said = [
+        speak(capsys, monkeypatch, place, "--tokenizer", tiny["TOKENIZER_PATH"], *options)
+        for place in ("some.bin", "alone", run)
+    ]
+    assert said[0] == said[1] and all(status == 0 and not err for status, _, err in said)
+    assert said[0][1].startswith("The value of") and len(said[0][1]) > len("The value of\n")
+    assert windows == [256, 256, 128]
+    status, _, err = speak(capsys, monkeypatch, "some.bin", *options)
+    assert status == 1 and err.endswith("sotu_4096_bpe.model is missing; name it with --tokenizer\n")
+    (tmp_path / "some.bin").write_bytes(blob.read_bytes()[:500])
+    status, _, err = speak(capsys, monkeypatch, "some.bin", *options)
+    assert status == 1 and err.startswith("error: some.bin: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.whole
+def test_a_tokenizer_of_another_model_is_told(run, capsys, monkeypatch, tmp_path):
+    import sentencepiece
+
+    model = tmp_path / "small.model"
+    with open(model, "wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(["one two three"]), model_writer=file, vocab_size=20, model_type="bpe",
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
+    status, _, err = speak(capsys, monkeypatch, run, "--tokenizer", model)
+    told = f"{model} has {pieces} pieces, but the model's vocabulary has 512; name the model's own tokenizer"
+    assert status == 1 and err == f"error: {told} with --tokenizer\n"
+    model.write_bytes(b"no model")
+    status, _, err = speak(capsys, monkeypatch, run, "--tokenizer", model)
+    assert status == 1 and str(model) in err and "--tokenizer" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "words, part",
     [
         (["--tokens", "0"], "at least 1"),
+        (["--tokens", "x"], "invalid int value"),
+        (["--temperature", "nan"], "finite"),
+        (["--temperature", "inf"], "finite"),
+        (["--top-p", "nan"], "(0, 1]"),
+        (["--seed", str(2**70)], "below 2^64"),
+        (["--seed", "-1"], "at least 0"),
+        (["--prompt", "a\udcff"], "not text in UTF-8"),
+        (["--prompt", "a\ud800"], "not text in UTF-8"),
         (["--top-p", "0"], "(0, 1]"),
         (["--temperature", "-1"], "at least 0"),
         (["--tokenizer", "nowhere.model"], "nowhere.model is missing"),

@@ -171,6 +171,51 @@ def test_a_breach_refuses_and_with_non_record_warns(tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "out/submission.json").read_text())["track"] == "non-record"
 
 
+@pytest.mark.parametrize("seed", ["../../x", True, -1, 2**32, 1.5, "<script>"])
+def test_a_seed_is_a_number_before_it_names_a_file(tmp_path, monkeypatch, capsys, seed):
+    runs = [*good_runs(tmp_path)[:2], write_run(tmp_path / "logs/odd", 7)]
+    (runs[2] / "result.json").write_text(json.dumps(result_of(7) | {"seed": seed}))
+    status, out, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", "out", "--non-record")
+    assert status == 1 and "seed is" in err and len(err.splitlines()) == 1 and not out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs"]
+
+
+def test_text_of_the_runs_is_escaped_in_the_readme(tmp_path, monkeypatch, capsys):
+    bad = "`|<script>*x*"
+    shown = r"\`\|&lt;script&gt;\*x\*"
+    base = result_of(7)
+    clock = base["budget"]["training"] | {"counted": {bad: 1.0}, "uncounted": {}}
+    changes = {"corpus": bad, "hardware": bad, "budget": base["budget"] | {"training": clock, bad: clock}}
+    changes |= {"changed": base["changed"] | {"matrix_lr": bad}, "preset": bad, "settings": {"a": 1}}
+    changes |= {"proofs": {"averaging": {"exported": bad, "distance_from_raw": 0.1}}}
+    audit = {"passed": False, "checks": [{"name": bad, "status": "fail", "evidence": bad}]}
+    runs = [write_run(tmp_path / f"logs/s{seed}", seed, audit=audit, **changes) for seed in SEEDS]
+    status, _, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", "out", "--non-record")
+    assert status == 0, err
+    text, command, _ = (tmp_path / "out/README.md").read_text(encoding="utf-8").split("```")
+    assert "<script" not in text and f"| {shown} | 1337 | fail | {shown} |" in text
+    assert f"| `MATRIX_LR` | <code>{shown}</code> |" in text and f"The preset <code>{shown}</code>" in text
+    assert f"| training: {shown} | 1.0 | 1.0 | 1.0 |" in text and f"| {shown}, 10.00 % |" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert columns <= {3, 5, 9, 10} and f"MATRIX_LR='{bad}'" in command
+
+
+def test_a_failed_write_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    runs = good_runs(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    status, _, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", "out")
+    assert status == 1 and err == "error: out cannot be written: No space left on device\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    status, _, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", "file/out")
+    assert status == 1 and err == "error: file: File exists\n"
+
+
 def test_two_seeds_are_too_few(tmp_path, monkeypatch, capsys):
     status, _, err = submission(tmp_path, monkeypatch, capsys, good_runs(tmp_path)[:2])
     assert status == 1 and "the seeds of the runs are 1337, 42; a record needs 3 seeds" in err
