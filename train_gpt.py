@@ -47,9 +47,9 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036
-    raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
 try:
+    if sys.version_info < (3, 11):  # noqa: UP036
+        raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
     import numpy as np
     import sentencepiece
     import torch
@@ -1050,8 +1050,8 @@ def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> N
     pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
     total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
     if abs(charged - size) > len(texts) + spare or total - same > 0.01 * total + spare:
-        raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and encoded, "
-                        f"{total - same} differ (bytes counted: {charged}, decoded: {size})")
+        raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and "
+                        f"encoded, {total - same} differ (bytes counted: {charged}, decoded: {size})")
 
 
 @dataclass
@@ -1255,7 +1255,9 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, columns: int, std: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.normal(0.0, std, (rows, columns)))
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        if not self.weight.is_meta:  # where a draw would import the compiler: a second
+            nn.init.normal_(self.weight, std=std)
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)

@@ -340,14 +340,6 @@ def test_a_mistake_gets_a_line_and_writes_nothing(tiny, tmp_path, name):
     assert code == 1 and out == "" and sorted(tmp_path.rglob("*")) == before
 
 
-def test_ranks_tell_a_mistake_in_the_settings_once(tiny, tmp_path):
-    """As torchrun starts them; it is found before they know of each other."""
-    for rank in (0, 1):
-        ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        code, out, errors = told(tmp_path, tiny | {"MATRX_LR": "0.01"} | ranks)
-        assert code == 1 and out == "" and bool(errors) == (rank == 0) and not list(tmp_path.iterdir())
-
-
 @pytest.mark.whole
 def test_an_existing_run_is_not_overwritten(full_run, tiny):
     folder, _ = full_run
