@@ -185,8 +185,8 @@ def test_a_console_that_is_gone_is_silenced_and_the_log_goes_on(tmp_path, monkey
 def test_ctrl_c_and_a_closed_terminal_leave_a_checkpoint(tiny, tmp_path, which, monkeypatch):
     step = tg.Stepper.step
 
-    def struck(stepper, *given):
-        step(stepper, *given)
+    def struck(stepper, *given, **named):
+        step(stepper, *given, **named)
         if len(given) > 3 and given[3] > 0:  # not in the warm-up
             os.kill(os.getpid(), which)
 
@@ -194,7 +194,8 @@ def test_ctrl_c_and_a_closed_terminal_leave_a_checkpoint(tiny, tmp_path, which, 
     with monkeypatch.context() as patch:
         patch.setattr(tg.Stepper, "step", struck)
         code, _, errors = told(tmp_path, tiny)
-    assert code == 143 and f"stopped by {which.name}" in errors and "RESUME=1 goes on" in errors
+    assert code == 143, errors
+    assert f"stopped by {which.name}" in errors and "RESUME=1 goes on" in errors
     assert (tmp_path / "logs/run/checkpoint.pt").is_file() and signal.getsignal(which) is before
     assert told(tmp_path, tiny | {"RESUME": "1", "STAGES": "train"})[0] == 0
 
