@@ -42,12 +42,12 @@ PY
 }
 base=${PYTHON:-python3}
 command -v "$base" >/dev/null || fail "$base not found; install Python 3.11 or newer, or set PYTHON"
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$base" --version) is too old; Python 3.11 or newer is needed"
 if has_modules "$base"; then
   python=$base
 else
   python=.venv/bin/python
   if ! [ -x "$python" ] || ! has_modules "$python"; then
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$base" --version) is too old; Python 3.11 or newer is needed"
     say "making .venv and installing requirements.txt (once)"
     "$base" -m venv .venv || fail "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
     if [ -n "${TORCH_INDEX_URL:-}" ]; then

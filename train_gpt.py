@@ -48,8 +48,6 @@ from functools import partial
 from pathlib import Path
 
 try:
-    if sys.version_info < (3, 11):  # noqa: UP036
-        raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
     import numpy as np
     import sentencepiece
     import torch
@@ -2630,8 +2628,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
     step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
-    stops, watch, remedy = [], contextlib.ExitStack(), "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
-    watch.enter_context(on_stop(stops))
+    stops, remedy = [], "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
     def follow(lag) -> None:
         for done, scale, loss in telemetry.read(lag):
@@ -2639,48 +2636,50 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
 
-    world.barrier()
-    clock.start()
-    while True:
-        # 3. what is known of finished steps
-        saving = hp.checkpoint_every and step > checkpoint.step and step % hp.checkpoint_every == 0
-        follow(0 if saving else lag)
-        if saving:
-            checkpoint.save(step)
-        if telemetry.stopping or step >= hp.iterations or clock.out_of_time(step + 1 + lag):
-            break
-        # 4. validation, the step, the averages
-        progress = progress_at(hp, step, clock)
-        before, scale = scale, lr_scale(hp, progress)
-        if scale < 1 == before:
-            log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
-                f"asked:{hp.warmdown_iters}")
-        if hp.val_loss_every and step and step % hp.val_loss_every == 0:
-            world.synchronize()
-            clock.stop()
-            with run.training.phase("validation", counted=False):
-                found = score_split(run, model, validation, hp.eval_seq_len, "validation", stepper.score_fn)
-            log(f"step:{step}/{hp.iterations} {found} time:{clock.elapsed:.1f}s")
-            log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb, seconds=clock.elapsed)
-            clock.start()
-        if qat_active(hp, scale) and not qat.on:
-            begin_qat(run, model, stepper, step, scale)
-        stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))
-        ema.update(flat.weights)
-        if scale < hp.swa_threshold and (step + 1) % hp.swa_every == 0:
-            swa.update(flat.weights)
-        telemetry.post(step, scale, flat.slots)
-        step += 1
-    follow(lag=0)
-    world.synchronize()
-    clock.stop()
-    if not torch.isfinite(flat.weights).all():
-        raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
-    if world.max(float(len(stops))):  # also one that came in the last step
-        checkpoint.save(step, tries=60)
-        raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; {checkpoint}; "
-                          f"RUN_ID={run.folder.name} RESUME=1 goes on")
-    watch.close()
+    with on_stop(stops):
+        world.barrier()
+        clock.start()
+        while True:
+            # 3. what is known of finished steps
+            saving = hp.checkpoint_every and step > checkpoint.step and step % hp.checkpoint_every == 0
+            follow(0 if saving else lag)
+            if saving:
+                checkpoint.save(step)
+            if telemetry.stopping or step >= hp.iterations or clock.out_of_time(step + 1 + lag):
+                break
+            # 4. validation, the step, the averages
+            progress = progress_at(hp, step, clock)
+            before, scale = scale, lr_scale(hp, progress)
+            if scale < 1 == before:
+                log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
+                    f"asked:{hp.warmdown_iters}")
+            if hp.val_loss_every and step and step % hp.val_loss_every == 0:
+                world.synchronize()
+                clock.stop()
+                with run.training.phase("validation", counted=False):
+                    found = score_split(run, model, validation, hp.eval_seq_len, "validation",
+                                        stepper.score_fn)
+                log(f"step:{step}/{hp.iterations} {found} time:{clock.elapsed:.1f}s")
+                log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb,
+                           seconds=clock.elapsed)
+                clock.start()
+            if qat_active(hp, scale) and not qat.on:
+                begin_qat(run, model, stepper, step, scale)
+            stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))
+            ema.update(flat.weights)
+            if scale < hp.swa_threshold and (step + 1) % hp.swa_every == 0:
+                swa.update(flat.weights)
+            telemetry.post(step, scale, flat.slots)
+            step += 1
+        follow(lag=0)
+        world.synchronize()
+        clock.stop()
+        if not torch.isfinite(flat.weights).all():
+            raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
+        if world.max(float(len(stops))):  # also one that came in the last step
+            checkpoint.save(step, tries=60)
+            raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
+                              f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
     run.training.add("train", seconds)
@@ -3037,16 +3036,17 @@ def main() -> int:
         say(f"{__doc__}\n{settings_table()}")
         return 0
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036
+            raise UserError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
         if len(sys.argv) > 1:
             raise UserError("settings are environment variables; try --help")
         with on_stop():
             rank, *_ = launched_as(env)
             hp, facts = settings_of(env)
             store = meet(env, facts)
-            cautions = doubtful_names(env, hp.fields())[1]
-            ignored = sorted(set(IGNORED_NAMES) & set(env))
+            ignored = [f"ignored:{name}" for name in IGNORED_NAMES if name in env]
             world = World(hp, env, store)
-            run_stages(hp, world, [*cautions, *[f"ignored:{','.join(ignored)}"] * bool(ignored)])
+            run_stages(hp, world, [*doubtful_names(env, hp.fields())[1], *ignored])
     except (UserError, OSError) as error:
         status = 1
         if world is not None or rank == 0:
