@@ -383,6 +383,7 @@ def test_a_thousand_hostile_environments():
     assert 200 < good < 1800
 
 
+@pytest.mark.whole
 def test_a_thousand_forged_headers(packed, tiny_hp):
     """With a checksum that holds: refused in one line, or a model that is finite and of its settings."""
     blob, dice, world, taken = (
@@ -422,6 +423,7 @@ OWN_FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.whole
 def test_a_thousand_damaged_files_of_our_own(packed, corpus, tiny, tmp_path):
     """result.json when a run begins and meta.json when validation is read: one line, or sound values."""
     (run := tmp_path / "logs/run").mkdir(parents=True)

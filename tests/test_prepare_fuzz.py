@@ -94,6 +94,7 @@ def cases(value: Any, number: int) -> Iterator[bytes]:
         yield damaged(json.dumps(value).encode(), rng) if seed % 3 == 0 else changed
 
 
+@pytest.mark.whole
 def test_fuzzed_manifests_are_taken_or_refused_in_a_line(tmp_path: Path) -> None:
     path, folder, taken, refused = tmp_path / "manifest.json", tmp_path / "datasets" / VARIANT, 0, set()
     for raw in cases(MANIFEST, 2000):
@@ -134,6 +135,7 @@ def dataset(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "meta.json").read_bytes())
 
 
+@pytest.mark.whole
 def test_fuzzed_meta_is_read_or_said_to_be_damaged(
     dataset: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture
 ) -> None:

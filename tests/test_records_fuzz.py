@@ -189,6 +189,7 @@ def try_mutants(folder: Path, count: int, seed: int) -> dict[str, int]:
     return ends
 
 
+@pytest.mark.whole
 def test_damaged_files_end_in_a_mistake_or_in_a_clean_page(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "picture", lambda *_, **__: "")
     ends = try_mutants(tmp_path, MUTANTS, seed=1)
