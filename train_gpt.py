@@ -24,6 +24,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import importlib.util
 import io
@@ -40,13 +41,14 @@ import struct
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # waiting threads that spin make a step fifty times slower on a busy CPU
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded
 try:
     import numpy as np
     import sentencepiece
@@ -55,7 +57,6 @@ try:
     import torch.nn.functional as F
     import zstandard
     from torch import Tensor, nn
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError as missing:  # a silent fallback from zstd to zlib has put artifacts over the cap
     raise SystemExit(f"error: {missing}; run `pip install -r requirements.txt`, or use ./run.sh") from None
 
@@ -269,7 +270,8 @@ class Hyperparameters:
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
-    attention: str = _run("auto", "attention kernel", choices=("auto", "fa3", "sdpa"))
+    attention: str = _run("auto", "attention kernel",
+                          choices=("auto", "fa3", "flash", "cudnn", "efficient", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
     val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
@@ -422,6 +424,7 @@ def key_values(values: Mapping[str, object]) -> str:
 class Tuning:
     """What was tuned to a kind of device; on a CPU a batch should stay in its caches."""
     norm: Callable[[Tensor], Tensor]
+    less_target: Callable[[Tensor, Tensor], Tensor]  # p (N, V) less 1 at y (N, 1)
     logits: int   # elements of the logits held at a time while training
     scored: int   # positions whose logits are held at a time while scoring
     scoring: int  # activations of the stream in a scoring batch; twice as many in a micro-batch
@@ -430,9 +433,12 @@ class Tuning:
 
 
 TUNING = {
-    "cpu": Tuning(RMSNorm.apply, logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
+    "cpu": Tuning(RMSNorm.apply, lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
+                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
     # back to the dtype of x: CUDA's autocast would make the whole stream float32
     "cuda": Tuning(lambda x: F.rms_norm(x, (x.size(-1),)).to(x.dtype),
+                   # in the kernel of its neighbours, where a scatter is one of its own
+                   lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
                    logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
 }
 
@@ -448,6 +454,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 PATIENCE = timedelta(minutes=20)  # of ranks with each other
+DEVICE_FILES, DRIVER = "/dev/nvidia[0-9]*", Path("/proc/driver/nvidia/version")
+ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -488,6 +496,11 @@ class World:
     def __init__(self, hp: Hyperparameters, env: Mapping[str, str], store: dist.Store | None = None):
         self.rank, self.size, local = launched_as(env)
         devices, self.grouped = torch.cuda.device_count(), self.size > 1
+        hidden = not devices and (glob.glob(DEVICE_FILES) or shutil.which("nvidia-smi"))
+        if hidden and hp.device == "auto":
+            driver = brief(DRIVER.read_text(), 80) if DRIVER.is_file() else "unknown"
+            raise UserError(f"torch {torch.__version__} does not see this machine's NVIDIA device (driver: "
+                            f"{driver}); install a torch for that driver, or set DEVICE=cpu")
         self.on_cuda = hp.device == "cuda" or hp.device == "auto" and devices > 0
         if self.on_cuda and local >= devices:
             raise UserError(f"{local + 1} processes want a CUDA device, but PyTorch sees {devices}; lower "
@@ -496,16 +509,13 @@ class World:
         self.tuning, self.hopper = TUNING[self.device.type], False
         if self.on_cuda:
             torch.cuda.set_device(self.device)
-            capability = torch.cuda.get_device_capability(self.device)
-            self.hopper, units = capability[0] == 9, capability >= (8, 0)
-        else:  # bf16 units pay from D = 128 on: 1.4x there, 1.9x at D = 256 (two EPYC cores)
-            units = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
-        self.dtype = torch.bfloat16 if {"bf16": True, "fp32": False}.get(hp.dtype, units) else torch.float32
+            self.hopper = torch.cuda.get_device_capability(self.device)[0] == 9
         if self.grouped:
             backend = "nccl" if self.on_cuda else "gloo"
             with reading(f"the network of {backend}", f"check {backend.upper()}_SOCKET_IFNAME"):
                 dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=self.rank,
                                         world_size=self.size)
+        self.dtype = ARITHMETIC.get(hp.dtype, torch.float32)  # auto: until choose_dtype has measured
 
     def sum_(self, tensor: Tensor) -> Tensor:
         if self.grouped:
@@ -597,17 +607,30 @@ class World:
         dist.destroy_process_group()
 
 
-def flash_attention_3() -> Callable | None:
-    """FlashAttention 3 where it is installed."""
-    try:
-        from flash_attn_interface import flash_attn_func
-    except (ImportError, OSError, RuntimeError):  # also a build for another torch
-        return None
+def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) -> str:
+    """Set the world's dtype: DTYPE's, an earlier stage's, else the faster of the two; returns a log line.
 
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
-    return attend
+    Measured are the products of a layer and of the output, both ways, where the slowest rank is. A CPU's
+    flags tell nothing: with some bf16 units float32 is faster.
+    """
+    N, D, hidden, why = world.tuning.probe, hp.model_dim, int(hp.mlp_mult * hp.model_dim), "as DTYPE says"
+    names = {str(dtype)[6:]: dtype for dtype in ARITHMETIC.values()}
+    if hp.dtype == "auto" and known in names:
+        world.dtype, why = names[known], "as the run had it"
+    elif hp.dtype == "auto":
+        weights = [torch.ones(rows, columns, device=world.device, requires_grad=True)
+                   for rows, columns in ((D, D), (hidden, D), (D, hidden), (hp.vocab_size, D))]
+
+        def passes(dtype) -> None:
+            for w in weights:
+                x = torch.ones(N, w.size(1), device=world.device, dtype=dtype, requires_grad=True)
+                y = F.linear(x, w.to(dtype))
+                torch.autograd.grad(y, (x, w), torch.ones_like(y))
+        times = {name: 1000 * world.max(world.seconds(partial(passes, dtype), repeats=3))
+                 for name, dtype in ARITHMETIC.items()}
+        world.dtype = ARITHMETIC["bf16" if times["bf16"] < 0.95 * times["fp32"] else "fp32"]
+        why = f"ms of a layer's products, both ways: {key_values(times)}"
+    return f"dtype:{str(world.dtype)[6:]} ({why})"
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -617,16 +640,33 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-SDPA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-                "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+def by_operator(operator: str, *options) -> Callable:
+    """PyTorch's attention by one kernel: a context that picks it would keep the graph out of the cache."""
+    run = getattr(torch.ops.aten, f"_scaled_dot_product_{operator}_attention")
 
-
-def sdpa_by(*kernels: str) -> Callable:
-    """sdpa_attention by the first of the kernels that takes the input."""
     def attend(q, k, v):
-        with sdpa_kernel([SDPA_KERNELS[name] for name in kernels], set_priority=True):
-            return sdpa_attention(q, k, v)
+        return run(*(x.transpose(1, 2) for x in (q, k, v)), *options)[0].transpose(1, 2)
     return attend
+
+
+def flash_attention_3() -> Callable:
+    """FlashAttention 3; ImportError or worse where it is not, or was built for another torch."""
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q, k, v):
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+    return attend
+
+
+KERNELS = {  # of CUDA's attention: what makes them; the last takes every input, so it is never refused
+    "fa3": flash_attention_3,
+    "flash": lambda: by_operator("flash", 0.0, True),
+    "cudnn": lambda: by_operator("cudnn", None, True, 0.0, True),
+    "efficient": lambda: by_operator("efficient", None, True, 0.0, True),
+    "sdpa": lambda: sdpa_attention,
+}
+MOST_OFF = 0.02  # of a kernel's output and gradients against float32, relative in norm; bf16 is 0.005 off
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -648,43 +688,63 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return dense_attention(q, k, v) if q.dtype == torch.bfloat16 else sdpa_attention(q, k, v)
 
 
-def time_attention(attend: Callable, hp: Hyperparameters, world: World) -> float:
-    """Milliseconds of a layer's attention of 16,384 tokens, both ways; inf where it does not run."""
-    B, T, width = max(16384 // hp.train_seq_len, 1), hp.train_seq_len, hp.model_dim // hp.num_heads
-    q, k, v = (torch.ones(B, T, heads, width, device=world.device, dtype=world.dtype, requires_grad=True)
-               for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads))
-    passes = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), torch.ones_like(q))
-    with contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
-        return 1000 * world.seconds(passes, repeats=4)
-    return math.inf
+def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
+    """Milliseconds of a layer's attention of 16,384 tokens, both ways; ArithmeticError where it is off."""
+    attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
+    draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
+    for T in (hp.eval_seq_len, hp.train_seq_len):
+        shapes = [(max(16384 // T, 1), T, heads, width) for heads in (hp.num_heads, *[hp.num_kv_heads] * 2)]
+        inputs = [torch.randn(shape, generator=draw, device=world.device) for shape in (*shapes, shapes[0])]
+
+        def passes(function, *given) -> list[Tensor]:
+            *qkv, to_y = (x.clone().requires_grad_() for x in given)
+            y = function(*qkv)
+            return [y, *torch.autograd.grad(y, qkv, to_y)]
+
+        ours = [x.to(world.dtype) for x in inputs]
+        for found, exact in zip(passes(attend, *ours), passes(dense_attention, *map(Tensor.float, ours))):
+            off = ((found.float() - exact).norm() / exact.norm()).item()
+            if not off <= MOST_OFF:
+                raise ArithmeticError(f"differs from float32 by {off:.3g} where {MOST_OFF} is allowed")
+    return 1000 * world.seconds(lambda: passes(attend, *ours), repeats=4)
 
 
-def choose_attention(hp: Hyperparameters, world: World) -> tuple[str, Callable]:
-    """The fastest attention at hand, the same on all ranks: name and function."""
+def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
+                     log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
+    """The fastest attention that gives what float32 does, the same on all ranks: name and function."""
     if not world.on_cuda and hp.attention == "auto":
         return "dense in blocks in bf16, else sdpa", cpu_attention
-    fa3 = flash_attention_3() if world.hopper and world.dtype == torch.bfloat16 else None
-    if not fa3 and hp.attention == "fa3":
-        raise UserError("ATTENTION=fa3 needs a Hopper GPU, bf16 and flash_attn_interface")
-    if fa3 and hp.attention != "sdpa":
-        return "flash-attention-3", fa3
-    names = [*SDPA_KERNELS][:-1]  # math writes the scores out: never the fastest
-    times = {name: time_attention(sdpa_by(name), hp, world) for name in names}
-    best = names[world.broadcast_(torch.tensor(np.argmin([*times.values()]), device=world.device))]
-    note = "; WITHOUT FlashAttention 3, with which a Hopper GPU takes more steps" * world.hopper
-    return (f"sdpa-{best} (ms per layer and 16,384 tokens: {key_values(times)}{note})",
-            sdpa_by(*dict.fromkeys((best, *SDPA_KERNELS))))
+    times, functions = {}, {}
+    for name in (KERNELS if hp.attention == "auto" else [hp.attention]):
+        fault, times[name] = "", math.inf
+        try:
+            functions[name] = KERNELS[name]()
+            times[name] = try_attention(functions[name], hp, world, compiling)
+        except Exception as error:  # whatever a kernel or its compilation does
+            fault = f"{type(error).__name__}: {brief(error, 160)}"
+        times[name] = world.max(times[name])
+        if times[name] == math.inf:
+            log(f"attention:{name} dropped: {fault or 'on another rank'}")
+    best = min(times, key=times.get)
+    best = [*times][world.broadcast_(torch.tensor([*times].index(best), device=world.device))]
+    if times[best] == math.inf:
+        raise UserError(f"ATTENTION={hp.attention}: no kernel gives what float32 gives; the log says why")
+    if world.hopper and best != "fa3":
+        log("attention:WITHOUT FlashAttention 3, with which a Hopper GPU takes about a sixth more steps; pip "
+            "install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130")
+    return f"{best} (ms per layer and 16,384 tokens: {key_values(times)})", functions[best]
 
 
-def wants_compile(hp: Hyperparameters, world: World, log: Callable[[str], None]) -> bool:
+def wants_compile(hp: Hyperparameters, world: World) -> bool:
     """COMPILE, or where it is auto: on CUDA; two cores take a step faster eagerly."""
     if hp.compile != "auto" or not world.on_cuda:
         return hp.compile == "1"
-    needs = {"C++ compiler": any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
-             "Triton": importlib.util.find_spec("triton")}
-    for missing in (name for name, there in needs.items() if not there):
-        log(f"compile:off reason:no {missing} found")
-    return all(needs.values())
+    needs = {"g++": any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+             "triton": importlib.util.find_spec("triton")}
+    if missing := [name for name, there in needs.items() if not there]:
+        raise UserError(f"torch.compile needs {' and '.join(missing)}: apt-get install g++, pip install "
+                        f"triton; COMPILE=0 goes on eagerly")
+    return True
 
 
 def activation_bytes(hp: Hyperparameters, world: World, compiling: bool) -> float:
@@ -880,6 +940,7 @@ class Run:
     training: Budget
     evaluation: Budget
     result: dict     # what result.json holds
+    attend: Callable = sdpa_attention  # chosen once for all stages
 
     @property
     def room(self) -> int:
@@ -1353,10 +1414,10 @@ class ValueResidual:
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self attention: y (B, T, H, d) without its part along the token's v (B, T, G, d)."""
-    grouped = y.unflatten(2, (v.size(2), -1))
-    direction = F.normalize(v, dim=-1, eps=1e-12).to(v.dtype).unsqueeze(3)
-    along = (grouped * direction).sum(-1, keepdim=True).to(y.dtype)
-    return (grouped - along * direction).flatten(2, 3)
+    grouped, v = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)
+    dot = lambda a: (a * v).sum(-1, keepdim=True, dtype=torch.promote_types(v.dtype, torch.float32))
+    share = dot(grouped) / dot(v).clamp_min(1e-24)  # nothing is saved in float32
+    return (grouped - share.to(y.dtype) * v).flatten(2, 3)
 
 
 class HeadGate(CastLinear):
@@ -1412,8 +1473,8 @@ class CausalSelfAttention(nn.Module):
         v = self.c_v(x).unflatten(2, heads)
         for value_part in self.value_parts.values():
             v = value_part(v, context)
-        q = apply_rotary(q, *context.rotary) * self.q_gain.to(q.dtype).view(-1, 1)
-        y = self.attend(q, apply_rotary(k, *context.rotary), v)
+        q = q * self.q_gain.to(q.dtype).view(-1, 1).expand(*q.shape[:3], 1)  # its gradient is summed in rows
+        y = self.attend(apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary), v)
         for output_part in self.output_parts.values():
             y = output_part(y, v, x)
         return self.proj(y.flatten(2))
@@ -1466,7 +1527,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             u = (h @ cast.mT).to(wide).mul_(2 / softcap).sigmoid_()
             log_p = F.log_softmax(u * (2 * softcap), dim=-1)
             loss = loss - log_p.gather(1, y).sum()
-            to_capped = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))
+            to_capped = tuning_of(h).less_target(log_p.exp_(), y)
             to_logits = to_capped.mul_(torch.addcmul(u, u, u, value=-1)).to(h.dtype)
             to_hidden.append(to_logits @ cast)
             to_weight += to_logits.mT @ h
@@ -1586,7 +1647,15 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
 def compiled(function: Callable, **options) -> Callable:
     """torch.compile, a graph per shape, RoPE's tables as constants."""
     torch.compiler.assume_constant_result(rotary_tables)  # here, for it imports the compiler: a second
+    torch._dynamo.config.recompile_limit = 64  # graphs of a function; beyond 8 it would go on eagerly
     return torch.compile(function, dynamic=False, **options)
+
+
+def log_compiler(log: RunLog) -> None:
+    """A line for whatever the compiler did not compile as a whole."""
+    counters = torch._dynamo.utils.counters
+    for what in counters["graph_break"] | counters["unimplemented"]:
+        log(f"compile:split {what.splitlines()[0]}")
 
 
 # ------------------------------------------------------------------------------------------
@@ -2480,8 +2549,10 @@ class Telemetry:
 
 class StepLog:
     """A finished step's metric and line."""
-    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float):
-        self.hp, self.log, self.clock, self.bpb_per_nat = run.hp, run.log, clock, bpb_per_nat
+    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float,
+                 ahead: Callable[[float], str]):
+        self.hp, self.log, self.clock, self.ahead = run.hp, run.log, clock, ahead
+        self.bpb_per_nat = bpb_per_nat
         self.first_step, self.first_second = first_step, clock.elapsed
         rate = run.world.matrix_rate() * run.world.size
         self.ideal = flops / rate  # seconds of a step at the devices' own matrix rate
@@ -2499,6 +2570,8 @@ class StepLog:
             f"step:{step}/{hp.iterations} train_loss:{loss:.4f} train_bpb:{loss * self.bpb_per_nat:.4f} "
             f"left:{left:.0f}s tokens/s:{hp.train_batch_tokens / pace:.0f} step_avg:{1000 * pace:.1f}ms "
             f"mfu:{100 * self.ideal / pace:.1f}% lr_scale:{scale:.4f} time:{seconds:.1f}s")
+        if step == self.first_step + 10:
+            self.log(self.ahead(pace))
 
 
 class Checkpoint:
@@ -2537,7 +2610,7 @@ class Checkpoint:
 def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
     """Seconds for calibration and two solves, by doing a part of it."""
     hp, world, limit = run.hp, run.world, run.hp.max_wallclock_seconds
-    if not limit or "quantize" not in hp.stages:
+    if "quantize" not in hp.stages:
         return 0.0
     share, weights = max(hp.gptq_calib_sequences // 8, world.size), model.state_dict()
     sample = stream.sample(share, hp.train_seq_len, hp.seed)
@@ -2548,9 +2621,25 @@ def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
         solving += world.seconds(lambda: pack({}, quantize_model(model, weights, hessians, world)[0]))
     reserve = world.max(calibration * hp.gptq_calib_sequences / share + 2 * solving) * 1.15 + 0.5
     run.log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
-    if reserve > limit / 2:
+    if reserve > limit / 2 > 0:
         raise UserError(f"quantising takes {reserve:.0f}s; raise MAX_WALLCLOCK_SECONDS to over twice that")
     return reserve
+
+
+def forecast(run: Run, positions: int, reserve: float, pace: float) -> str:
+    """A run's seconds by those of a step: a scored token costs a third of a trained one."""
+    hp, token, limit = run.hp, pace / run.hp.train_batch_tokens, run.hp.max_wallclock_seconds
+    steps = min(hp.iterations, (limit - reserve) / pace) if limit else hp.iterations
+    plain, scores = positions * token / 3, "evaluate" in hp.stages
+    sliding = scores * plain * hp.eval_seq_len / hp.eval_stride
+    ttt = min(sliding + scores * hp.ttt_epochs * positions * token, hp.eval_seconds or math.inf)
+    seconds = {"training": steps * pace, "ttt": ttt * hp.ttt_enabled, "quantising": reserve,
+               "sliding": sliding * (not hp.skip_sliding), "plain": plain * (1 + scores)}
+    cheaper = {"training": f"ITERATIONS={steps / 2:.0f}", "sliding": f"EVAL_STRIDE={2 * hp.eval_stride}",
+               "ttt": "TTT_ENABLED=0"}
+    parts = " ".join(f"{part}:{value:.0f}s" for part, value in seconds.items())
+    less = cheaper[max(cheaper, key=seconds.get)]
+    return f"forecast total:{sum(seconds.values()):.0f}s {parts} less_with:{less}"
 
 
 def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -> None:
@@ -2605,7 +2694,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
-    stepper = Stepper(hp, model, stream, world, wants_compile(hp, world, log))
+    stepper = Stepper(hp, model, stream, world, wants_compile(hp, world))
     flat, qat = stepper.flat, stepper.qat
     for line in stepper.optimisers.describe():
         log(line)
@@ -2614,8 +2703,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()
-    if breaks := torch._dynamo.utils.counters["graph_break"] if stepper.compiling else {}:
-        log(f"compile:split graph_breaks:{sum(breaks.values())} first:{next(iter(breaks)).splitlines()[0]}")
+    if stepper.compiling:
+        log_compiler(log)
     reserve = measure_reserve(run, model, stream)
     # 2. the state of a new run, or that of its checkpoint
     clock = Clock(max(hp.max_wallclock_seconds - reserve, 0.0))
@@ -2627,7 +2716,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
-    step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
+    ahead = partial(forecast, run, len(validation.byte_counts), reserve)
+    step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops, ahead)
     stops, remedy = [], "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
     def follow(lag) -> None:
@@ -2688,7 +2778,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         f"peak_memory:{memory / 2**20:.0f}MiB")
     with run.training.phase("average and proofs"):
         proofs = export_average(run, model, stepper, ema, swa)
-    weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
+        weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
     return Trained(weights, {
         "params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
         "step_ms": step_ms, "tokens_seen": tokens, "compiled": stepper.compiling, "peak_memory": memory,
@@ -2845,12 +2935,11 @@ def train_stage(run: Run, validation: Validation) -> Trained:
     """Train, keep the weights in model.pt, score them."""
     hp, log, stream = run.hp, run.log, TokenStream(read_split(run.hp.data_path, "train"))
     log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
-    attention, attend = choose_attention(hp, run.world)
-    log(f"attention:{attention}")
-    model = GPT(hp).to(run.world.device).use(attend)
+    model = GPT(hp).to(run.world.device).use(run.attend)
     trained = train(run, model, stream, validation)
-    run.write("model.pt", saved(trained.weights))
-    run.record(trained.found | {"attention": attention})
+    with run.training.phase("save", counted=False):
+        run.write("model.pt", saved(trained.weights))
+        run.record(trained.found)
     with run.training.phase("float", counted=False):
         found = score_split(run, model, validation, hp.eval_seq_len, "float")
     record_score(run, "float", found)
@@ -2863,14 +2952,15 @@ Scored = collections.namedtuple("Scored", "scores proofs")  # by name
 
 def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
     """Calibrate on training tokens, quantise, pack; no weights: model.pt."""
-    hp, world, log, model = run.hp, run.world, run.log, shell(run.hp)
-    with reading(run.folder / "model.pt", "set what it trained with, or train again"):
-        weights = weights or torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
+    hp, world, log, path = run.hp, run.world, run.log, run.folder / "model.pt"
+    with run.training.phase("load"), reading(path, "set what it trained with, or train again"):
+        model = shell(hp)
+        weights = weights or torch.load(path, map_location="cpu", weights_only=True)
         weights = {name: weight.float() for name, weight in weights.items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("a weight is not finite")
         model.load_state_dict(weights, assign=True)
-    model.to(world.device).use(choose_attention(hp, world)[1])
+        model.to(world.device).use(run.attend)
     with run.training.phase("calibrate"):
         stream = TokenStream(read_split(hp.data_path, "train"))
         sample = stream.sample(hp.gptq_calib_sequences, hp.train_seq_len, hp.seed)
@@ -2898,8 +2988,8 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     hp, world, clock, scores, proofs = run.hp, run.world, run.evaluation, {}, {}
     with clock.phase("load"):
         model, _ = load_artifact(blob, hp, world)
-        model.use(choose_attention(model.hp, world)[1])
-    scorer = compiled(token_losses) if wants_compile(hp, world, run.log) else token_losses
+        model.use(run.attend)
+    scorer = compiled(token_losses) if wants_compile(hp, world) else token_losses
     strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
     for name, stride in strides.items():
         with clock.phase(name):
@@ -2914,16 +3004,20 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     return Scored(scores, proofs)
 
 
-def check_memory(hp: Hyperparameters, world: World) -> None:
+def check_machine(hp: Hyperparameters, world: World) -> None:
     """UserError where a training step would need more than the device has, by what it certainly takes."""
-    params = sum(p.numel() for p in shell(hp).parameters())
+    model, tokens = shell(hp), hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len
     there = torch.cuda.mem_get_info(world.device)[1] if world.on_cuda else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    tokens = hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len
-    needed = 24 * params + 16 * tokens + hp.train_seq_len * activation_bytes(hp, world, compiling=True)
+    needed = 24 * sum(p.numel() for p in model.parameters()) + 16 * tokens
+    needed += hp.train_seq_len * activation_bytes(hp, world, compiling=True)
     if needed > there:
         raise UserError(f"training needs {needed / 1e9:.0f} GB, {world.device} has {there / 1e9:.0f}; lower "
                         f"MODEL_DIM, NUM_LAYERS, BIGRAM_VOCAB_SIZE, TRAIN_SEQ_LEN or TRAIN_BATCH_TOKENS")
+    flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
+    if hp.device == "auto" and not world.on_cuda and flops > 1e13:
+        raise UserError(f"no CUDA device is there, and a step takes {flops / 1e12:.0f} TFLOP, minutes on a "
+                        f"CPU; take PRESET=smoke, or say DEVICE=cpu")
 
 
 def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
@@ -2943,7 +3037,7 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
         shards = read_split(hp.data_path, "train")
         check_ids(shards, hp.vocab_size, world)
         check_tokenizer(table, torch.from_numpy(shards[0][:1_000_000].astype(np.int32)))
-        check_memory(hp, world)
+        check_machine(hp, world)
     return folder
 
 
@@ -2965,18 +3059,22 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
                   if name in known}
         earlier = known["budget"].get("training", {}).get("counted", {})
         earlier = {name: float(seconds) for name, seconds in earlier.items()}
+    log(choose_dtype(hp, world, known.get("dtype")))
+    attention, attend = choose_attention(hp, world, wants_compile(hp, world), log)
+    log(f"attention:{attention}")
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
                 "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
               Budget("evaluation", world, hp.eval_seconds), settings | known | {
-        "script_sha256": sha256(source), "corpus": validation.corpus,
-        "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size})
+        "script_sha256": sha256(source), "corpus": validation.corpus, "attention": attention,
+        "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size}, attend)
     if "evaluate" in stages:
         run.result["scored_with"] = settings
     if "train" in stages:
         run.result |= settings
+        run.record({})  # what was chosen is there for whoever resumes
     else:  # one clock over stages that run one at a time
-        again = ("calibrate", "quantise and pack") if "quantize" in stages else ()
+        again = ("load", "calibrate", "quantise and pack") if "quantize" in stages else ()
         run.training.counted = {name: seconds for name, seconds in earlier.items() if name not in again}
     return run
 
@@ -3006,6 +3104,8 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     if sizes := run.result.get("artifact"):
         model, code, total, limit = map(sizes.get, ("model_bytes", "code_bytes", "total_bytes", "limit"))
         run.log(f"artifact model:{model}B code:{code}B total:{total}B limit:{limit}B")
+    if wants_compile(hp, world):
+        log_compiler(run.log)
     run.log(f"files:{run.folder}")
 
 
@@ -3036,8 +3136,11 @@ def main() -> int:
         say(f"{__doc__}\n{settings_table()}")
         return 0
     try:
-        if sys.version_info < (3, 11):  # noqa: UP036
-            raise UserError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+        # an older torch gives the loss a wrong gradient (pytorch#180642)
+        release = tuple(map(int, torch.__version__.split(".")[:2]))
+        for name, there, least in (("Python", sys.version_info, (3, 11)), ("PyTorch", release, (2, 13))):
+            if there < least:
+                raise UserError("{} {}.{} or newer is needed, this is {}.{}".format(name, *least, *there))
         if len(sys.argv) > 1:
             raise UserError("settings are environment variables; try --help")
         with on_stop():
@@ -3046,6 +3149,8 @@ def main() -> int:
             store = meet(env, facts)
             ignored = [f"ignored:{name}" for name in IGNORED_NAMES if name in env]
             world = World(hp, env, store)
+            threads = (os.cpu_count() or 1) // int(env.get("LOCAL_WORLD_SIZE", world.size))
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 1)))
             run_stages(hp, world, [*doubtful_names(env, hp.fields())[1], *ignored])
     except (UserError, OSError) as error:
         status = 1

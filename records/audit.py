@@ -55,7 +55,7 @@ OF_THIS_MACHINE = ("DEVICE", "COMPILE", "ATTENTION")
 OF_THE_RUN_ALONE = ("run_id", "stages", "artifact", "resume")
 ON_THE_CLOCK = {"training": ("train", "average and proofs", "calibrate", "quantise and pack"),
                 "evaluation": ("load", "roundtrip")}
-OFF_THE_CLOCK = {"training": {"warm-up", "rehearsal", "validation", "float"}, "evaluation": set()}
+OFF_THE_CLOCK = {"training": {"warm-up", "rehearsal", "validation", "save", "float"}, "evaluation": set()}
 SUM_TOLERANCE = 1e-4  # of the probabilities of a vocabulary, each from a float32 loss
 MOST_NOISE = 0.2  # nats; where equal passes differ by more, comparing them says nothing
 WINDOW_CUTS = 32  # windows cut singly
@@ -170,7 +170,7 @@ class ScoringPath:
         self.whole = whole
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
         self.log, self.tolerance = Narrator(), 0.0
-        compiling = tg.wants_compile(hp, world, self.log)
+        compiling = tg.wants_compile(hp, world)
         self.score_fn = tg.compiled(tg.token_losses) if compiling else tg.token_losses
         self.attend = tg.choose_attention(hp, world)[1]
         self.batch_tokens = tg.scoring_batch_tokens(hp, world)
@@ -608,6 +608,7 @@ class Finished:
         blob, result = artifact.read_bytes(), read_result(artifact)
         hp = run_settings(result, env, places)
         world = tg.World(hp, {})
+        tg.choose_dtype(hp, world)
         hp = tg.load_artifact(blob, hp, world)[0].hp
         validation = tg.Validation.load(hp, world)
         stopped = (result.get("proofs", {}).get("ttt") or {}).get("untrained_from_chunk")

@@ -781,6 +781,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     path = args.json or Path("logs") / f"benchmark-{args.subcommand}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     world, reports = tg.World(settings[names[0]], os.environ), []
+    tg.choose_dtype(settings[names[0]], world)
     for name, hp in settings.items():
         bench = Bench(name, args, hp, world)
         SUBCOMMANDS[name](bench)

@@ -55,6 +55,7 @@ def load(place: Path, tokenizer: Path | None, device: str):
     with told_of(path):
         hp = tg.settings_for(blob, env | {"DEVICE": device})
     world = tg.World(hp, {})
+    tg.choose_dtype(hp, world)
     with told_of(path):
         model = tg.load_artifact(blob, hp, world)[0].use(tg.choose_attention(hp, world)[1])
     words = find_file(str(tokenizer or hp.tokenizer_path), run)

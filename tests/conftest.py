@@ -103,7 +103,8 @@ def run_script(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    clean = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "CXX") if key in os.environ}
+    kept = "PATH HOME LD_LIBRARY_PATH CC CXX CUDA_HOME CUDA_VISIBLE_DEVICES".split()
+    clean = {key: os.environ[key] for key in kept if key in os.environ}
     return subprocess.run(
         [*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
         capture_output=True, text=True, timeout=timeout,

@@ -67,14 +67,13 @@ def test_bf16_on_the_device_is_fp32_on_the_cpu_within_rounding(hp):
         assert alike > 0.97 or q.grad.norm() < 1e-4, name
 
 
-@pytest.mark.parametrize("kernel", tg.SDPA_KERNELS)
-def test_every_kernel_of_sdpa_gives_the_same(kernel):
-    """Or leaves the work to the one that takes everything."""
-    shapes = [(2, 128, heads, 64) for heads in (4, 2, 2)]
-    q, k, v = (draw(f"qkv {i}", shape).to(DEVICE, torch.bfloat16) for i, shape in enumerate(shapes))
-    exact = tg.sdpa_attention(*(x.double() for x in (q, k, v)))
-    attend = tg.sdpa_by(*dict.fromkeys((kernel, "math")))
-    torch.testing.assert_close(attend(q, k, v).double(), exact, atol=0.02, rtol=0.02)
+def test_the_kernel_that_is_chosen_gives_what_float32_does(hp):
+    """Output and gradients; some kernel of a GPU is better than leaving PyTorch the choice."""
+    lines = []
+    name, attend = tg.choose_attention(hp, tg.World(hp, {}), compiling=DEVICE == "cuda", log=lines.append)
+    assert tg.try_attention(attend, hp, tg.World(hp, {}), compiling=DEVICE == "cuda") > 0
+    if DEVICE == "cuda":
+        assert not name.startswith("sdpa "), lines
 
 
 def test_the_measured_rate_is_a_device_s(hp):

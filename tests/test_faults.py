@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -134,13 +133,6 @@ def test_two_ranks_with_other_rates_end_before_anything(tiny, tmp_path):
     ]
 
 
-def test_an_older_python_gets_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
-    code, out, errors = told(tmp_path, {})
-    assert (code, out) == (1, "") and not list(tmp_path.iterdir())
-    assert re.fullmatch(r"error: Python 3.11 or newer is needed, this is [\d.]+\n", errors)
-
-
 @pytest.mark.parametrize("changes", [
     {"model_dim": 65536, "num_heads": 64, "num_kv_heads": 64}, {"bigram_vocab_size": 10**9},
     {"num_layers": 1000, "model_dim": 16384}, {"train_seq_len": 10**9, "train_batch_tokens": 10**9},
@@ -149,14 +141,14 @@ def test_an_older_python_gets_one_line(tmp_path, monkeypatch):
 def test_a_model_that_no_machine_holds_is_refused_before_it_is_made(changes):
     hp = dataclasses.replace(tg.Hyperparameters(device="cpu"), **changes)
     with pytest.raises(tg.UserError, match=r"training needs \d+ GB, cpu has"):
-        tg.check_memory(hp, tg.World(hp, {}))
+        tg.check_machine(hp, tg.World(hp, {}))
 
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_preset_fits_into_twenty_gigabytes(preset, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 20 << 30}.get)
     hp = tg.Hyperparameters.from_env({"PRESET": preset, "DEVICE": "cpu"})
-    tg.check_memory(hp, tg.World(hp, {}))
+    tg.check_machine(hp, tg.World(hp, {}))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from reference import (
     reference_rope_base,
     reference_shapes,
 )
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -511,7 +511,6 @@ def test_roles_are_the_submissions(config):
 # ----------------------------------------------------------------------------------------------------------
 
 KERNELS = {name: getattr(tg, name) for name in ("sdpa_attention", "dense_attention", "cpu_attention")}
-KERNELS |= {name: tg.sdpa_by(name, *tg.SDPA_KERNELS) for name in tg.SDPA_KERNELS}
 
 
 @pytest.mark.parametrize("config", ["pr606", "all"])
@@ -528,59 +527,115 @@ def machine(**changed):
     return hp, tg.World(hp, {})
 
 
-def kernel_that_ran(attend):
-    """The kernel's name in the graph of a call."""
-    q, k, v = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
-    node = attend(q, k, v).grad_fn
-    while "Attention" not in node.name():
-        node = node.next_functions[0][0]
-    return node.name()
-
-
-class Asked(TorchFunctionMode):
-    """Which kernels PyTorch's attention may take, and in which order, at every call."""
+class Operators(TorchDispatchMode):
+    """Every operator that ran, with what it was given besides tensors."""
 
     def __init__(self):
         super().__init__()
-        self.orders = []
+        self.ran = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.orders.append(torch._C._get_sdp_priority_order())
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append((func.name(), [x for x in args if not isinstance(x, torch.Tensor)]))
         return func(*args, **(kwargs or {}))
 
 
-def test_sdpa_is_asked_for_the_first_kernel_that_takes_the_input():
-    assert "Flash" in kernel_that_ran(tg.sdpa_by("cudnn", "flash", "math"))
-    with Asked() as asked:
-        tg.sdpa_by("efficient", "math", "flash")(*torch.randn(3, 1, 4, 2, 8))
-    wanted = [int(tg.SDPA_KERNELS[name].value) for name in ("efficient", "math", "flash")]
-    assert asked.orders[0][:3] == wanted
+@pytest.mark.parametrize(("kernel", "options"), [
+    ("flash", [0.0, True]), ("cudnn", [None, True, 0.0, True]), ("efficient", [None, True, 0.0, True]),
+])  # fmt: skip
+def test_a_kernel_is_its_operator_causal_and_without_dropout(kernel, options):
+    """Called itself, with no context about it; without values, for no kernel of CUDA runs here."""
+    q, k, v = (torch.empty(2, 16, heads, 8, device="meta") for heads in (4, 2, 2))
+    if kernel == "efficient":  # takes no groups, and is dropped where they are asked for
+        k, v = q, q
+    with Operators() as operators:
+        assert tg.KERNELS[kernel]()(q, k, v).shape == (2, 16, 4, 8)
+    wanted = f"aten::_scaled_dot_product_{kernel}_attention"
+    assert [given for name, given in operators.ran if name == wanted] == [options]
+
+
+def forced(monkeypatch, hopper=False, **kernels):
+    """A machine that takes itself for one with CUDA, and has these kernels."""
+    hp, world = machine(attention="auto")
+    monkeypatch.setattr(
+        tg, "KERNELS", {name: lambda kernel=kernel: kernel for name, kernel in kernels.items()}
+    )
+    world.on_cuda, world.hopper = True, hopper
+    world.seconds = lambda work, repeats=1: work() and 0.001
+    return hp, world
 
 
 def test_the_fastest_kernel_is_taken_and_named(monkeypatch):
-    """Measured where it runs; what does not run on a CPU has no time, whatever its place in the table."""
-    hp, world = machine()
-    assert 0 < tg.time_attention(tg.sdpa_by("flash"), hp, world) < 10_000
-    assert tg.time_attention(tg.sdpa_by("cudnn"), hp, world) == math.inf
-    name, attend = tg.choose_attention(hp, world)
-    assert name.startswith("sdpa-flash (ms per layer") and "cudnn:inf" in name
-    assert "Flash" in kernel_that_ran(attend)
-    monkeypatch.setitem(tg.SDPA_KERNELS, "flash", tg.SDPA_KERNELS["cudnn"])
-    monkeypatch.setitem(tg.SDPA_KERNELS, "efficient", tg.SDPBackend.FLASH_ATTENTION)
-    name, attend = tg.choose_attention(hp, world)
-    assert name.startswith("sdpa-efficient (ms per layer") and "flash:inf" in name
-    with Asked() as asked:
-        assert "Flash" in kernel_that_ran(attend)
-    assert asked.orders[0][0] == int(tg.SDPBackend.FLASH_ATTENTION.value)
+    seconds = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
+    lines, kernels = [], {name: lambda *qkv: tg.sdpa_attention(*qkv) for name in seconds}
+    hp, world = forced(monkeypatch, **kernels)
+    passing = iter(seconds.values())
+    world.seconds = lambda work, repeats: next(passing)
+    name, attend = tg.choose_attention(hp, world, log=lines.append)
+    assert name == "fast (ms per layer and 16,384 tokens: slow:3000 fast:1000 middle:2000)"
+    assert attend is kernels["fast"] and not lines
 
 
-def test_all_ranks_take_the_kernel_of_the_first():
-    """Their clocks differ; here the first rank says the third of the table, which runs nowhere on a CPU."""
-    hp, world = machine()
-    world.broadcast_ = lambda tensor: tensor.fill_(2)
-    name, attend = tg.choose_attention(hp, world)
-    assert name.startswith("sdpa-efficient ") and "Flash" in kernel_that_ran(attend)  # leaves it to the next
+def not_causal(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+class Wrong(torch.autograd.Function):
+    """Right output, and a gradient of V that is 3 % too large."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.03 * grad
+
+
+@pytest.mark.parametrize(("kernel", "fault"), [
+    (not_causal, "ArithmeticError: differs from float32 by"),
+    (lambda q, k, v: tg.sdpa_attention(q, k, Wrong.apply(v)), "differs from float32 by 0.03 where 0.02"),
+    (lambda q, k, v: tg.sdpa_attention(q, k, v) * math.nan, "differs from float32 by nan"),
+    (lambda q, k, v: tg.sdpa_attention(q, k, v).detach(), "RuntimeError: "),
+    (lambda q, k, v: q.missing, "AttributeError: 'Tensor' object has no attribute 'missing'"),
+])  # fmt: skip
+def test_a_kernel_that_is_wrong_or_raises_is_dropped_with_a_line(monkeypatch, kernel, fault):
+    lines, last = [], lambda *qkv: tg.sdpa_attention(*qkv)
+    hp, world = forced(monkeypatch, bad=kernel, last=last)
+    name, attend = tg.choose_attention(hp, world, log=lines.append)
+    assert name.startswith("last (ms") and "bad:inf" in name and attend is last
+    assert len(lines) == 1 and lines[0].startswith("attention:bad dropped: ") and fault in lines[0]
+    hp, world = forced(monkeypatch, bad=kernel)
+    with pytest.raises(tg.UserError, match="no kernel gives what float32 gives"):
+        tg.choose_attention(hp, world)
+
+
+def test_a_kernel_that_one_rank_drops_is_dropped_by_all(monkeypatch):
+    """And where clocks differ all take the kernel of the first rank."""
+    lines, kernels = [], {name: lambda *qkv: tg.sdpa_attention(*qkv) for name in ("a", "b", "c")}
+    hp, world = forced(monkeypatch, **kernels)
+    others = iter([math.inf, 1.0, 1.0])
+    world.max, world.broadcast_ = lambda value: max(value, next(others)), lambda tensor: tensor.fill_(2)
+    name, attend = tg.choose_attention(hp, world, log=lines.append)
+    assert name.startswith("c (ms") and attend is kernels["c"]
+    assert lines == ["attention:a dropped: on another rank"]
+
+
+@pytest.mark.whole
+def test_a_kernel_that_breaks_the_graph_is_dropped_where_it_would_be_compiled(monkeypatch):
+    def breaking(q, k, v):
+        torch._dynamo.graph_break()
+        return tg.sdpa_attention(q, k, v)
+
+    compiled, lines = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compiled(f, backend="aot_eager", **given))
+    for compiling, best in ((False, "breaking"), (True, "last")):
+        hp, world = forced(monkeypatch, breaking=breaking, last=tg.sdpa_attention)
+        times = iter([1.0, 2.0])
+        world.seconds = lambda work, repeats, times=times: (work(), next(times))[1]
+        name, _ = tg.choose_attention(hp, world, compiling, lines.append)
+        assert name.startswith(f"{best} (ms")
+    assert len(lines) == 1 and "breaking dropped: Unsupported" in lines[0]
 
 
 def test_a_cpu_takes_its_own_kernels():
@@ -594,27 +649,33 @@ def test_a_cpu_takes_its_own_kernels():
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])
 def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
-    """On a Hopper GPU in bf16; causal, whatever its build gives back."""
-    interface, calls = types.SimpleNamespace(), []
-
-    def machine_with(installed=interface, hopper=True, **changed):
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", installed)
-        hp, world = machine(**dict(attention=attention, dtype="bf16") | changed)
-        world.on_cuda, world.hopper = True, hopper
-        return hp, world
-
+    """Causal, whatever its build gives back; a Hopper GPU without it hears of it."""
+    calls, lines = [], []
     for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
-        interface.flash_attn_func = lambda q, k, v, outputs=outputs, **given: (
-            calls.append(given) or outputs(q + v)
-        )
-        name, attend = tg.choose_attention(*machine_with())
+
+        def flash_attn_func(q, k, v, outputs=outputs, **given):
+            calls.append(given)
+            return outputs(tg.sdpa_attention(q, k, v))
+
+        interface = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+        hp, world = machine(attention=attention)
+        world.on_cuda, world.hopper = True, True
+        world.seconds = lambda work, repeats: 1.0 + (not calls)
+        name, attend = tg.choose_attention(hp, world, log=lines.append)
+        assert name.startswith("fa3 (ms")
         q, k, v = torch.randn(3, 1, 8, 2, 8)
-        assert name.startswith("flash-attention-3") and torch.equal(attend(q, k, v), q + v)
+        assert torch.equal(attend(q, k, v), tg.sdpa_attention(q, k, v))
     assert calls and all(given == {"causal": True} for given in calls)
-    lacking = dict(installed=None), dict(dtype="fp32"), dict(hopper=False)
-    for missing in lacking * (attention == "fa3"):
-        with pytest.raises(tg.UserError, match="ATTENTION=fa3 needs"):
-            tg.choose_attention(*machine_with(**missing))
+    assert not any("WITHOUT" in line for line in lines)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    if attention == "fa3":
+        with pytest.raises(tg.UserError, match="ATTENTION=fa3: no kernel"):
+            tg.choose_attention(hp, world, log=lines.append)
+    else:
+        tg.choose_attention(hp, world, log=lines.append)
+        assert "attention:WITHOUT FlashAttention 3" in lines[-1] and "flash-attn-3 --index-url" in lines[-1]
+    assert any(line.startswith("attention:fa3 dropped: ModuleNotFoundError") for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -631,7 +692,7 @@ def test_the_compiled_model_is_one_graph_in_which_the_rotary_tables_are_constant
         graphs.append(graph)
         return graph.forward
 
-    model, eager = build(ALL_ON).use(tg.sdpa_by("flash", "math")), build(ALL_ON)
+    model, eager = build(ALL_ON).use(tg.sdpa_attention), build(ALL_ON)
     torch._dynamo.reset()
     compiled = tg.compiled(model, fullgraph=True, backend=backend)
     for T in (10, 20):  # another length has other tables

@@ -466,7 +466,8 @@ def test_a_log_line_gives_speed_and_share_of_the_matrix_rate(hp):
     run = run_of(hp, world=SimpleNamespace(matrix_rate=lambda: 4e12, size=2))
     clock = tg.Clock(30.0)
     clock.before = 10.0
-    step_log = tg.StepLog(run, clock, first_step=5, bpb_per_nat=0.5, flops=1.6e12)
+    ahead = "forecast at {}".format
+    step_log = tg.StepLog(run, clock, first_step=5, bpb_per_nat=0.5, flops=1.6e12, ahead=ahead)
     clock.before = 14.0  # five steps of 0.8 s, of which the products take 0.2 s at two times 4 TFLOP/s
     for step in (hp.train_log_every, hp.train_log_every + 1):
         step_log(step, scale=0.5, loss=3.0)
@@ -477,6 +478,8 @@ def test_a_log_line_gives_speed_and_share_of_the_matrix_rate(hp):
     )
     assert sorted(line.split()) == sorted(wanted.split())
     assert status.startswith(f"status step:11/{STEPS} train_loss:3.0000")
+    step_log(15, scale=0.5, loss=3.0)
+    assert run.log.lines[-1] == "forecast at 0.4"  # after ten steps, by their pace
 
 
 def test_compile_auto_is_for_cuda_where_the_compiler_is_whole(monkeypatch, tmp_path, hp):
@@ -485,18 +488,20 @@ def test_compile_auto_is_for_cuda_where_the_compiler_is_whole(monkeypatch, tmp_p
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    lines, setting = [], lambda value: dataclasses.replace(hp, compile=value)
+    setting = lambda value: dataclasses.replace(hp, compile=value)
     cpu, cuda = SimpleNamespace(on_cuda=False), SimpleNamespace(on_cuda=True)
-    assert tg.wants_compile(setting("auto"), cuda, lines.append)
-    assert not tg.wants_compile(setting("auto"), cpu, lines.append)
+    assert tg.wants_compile(setting("auto"), cuda)
+    assert not tg.wants_compile(setting("auto"), cpu)
     for world in (cpu, cuda):
-        assert tg.wants_compile(setting("1"), world, lines.append)
-        assert not tg.wants_compile(setting("0"), world, lines.append)
-    assert not lines
-    for name, what in (("g++", "C++ compiler"), ("triton", "Triton")):
+        assert tg.wants_compile(setting("1"), world)
+        assert not tg.wants_compile(setting("0"), world)
+    for name in ("g++", "triton"):
         (tmp_path / name).rename(tmp_path / "elsewhere")
-        assert not tg.wants_compile(setting("auto"), cuda, lines.append)
-        assert lines.pop().startswith(f"compile:off reason:no {what} found") and not lines
+        with pytest.raises(
+            tg.UserError, match=re.escape(f"torch.compile needs {name}: apt-get install g++, pip")
+        ):
+            tg.wants_compile(setting("auto"), cuda)
+        assert not tg.wants_compile(setting("auto"), cpu)
         (tmp_path / "elsewhere").rename(tmp_path / name)
 
 
@@ -904,7 +909,7 @@ def test_the_clock_stands_still_during_warm_up_and_validation(timed):
     assert facts["train_seconds"] == facts["steps"] == 20 and facts["step_ms"] == 1000
     budget = facts["budget"]["training"]
     assert budget["counted"]["train"] == budget["used"] == 20 and budget["within"]
-    assert budget["uncounted"] == {"warm-up": 3, "validation": 200, "float": 100}
+    assert budget["uncounted"] == {"warm-up": 3, "validation": 200, "float": 100, "save": 0}
 
 
 @pytest.mark.whole
