@@ -4,6 +4,7 @@
     python records/benchmark.py train --compile --dtype bf16  the same step under torch.compile
     python records/benchmark.py gptq --versus                 all matrices of pr606: calibration, clips, solve
     python records/benchmark.py eval --preset pr601 --set EVAL_STRIDE=128    any setting of the script
+    python records/benchmark.py count --set NUM_LAYERS=9      what an H100 would move, on any machine
     python records/benchmark.py all --versus --json out.json  every stage, one table
     torchrun --standalone --nproc_per_node=2 records/benchmark.py muon         sharded over ranks
 
@@ -37,11 +38,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import traffic
 import zstandard
 from runs import ROOT, Mistake
 from torch import Tensor, nn
 
 POSITIONS = 62_000_000  # of the challenge's validation split, to which scoring is extrapolated
+H100_BANDWIDTH = 3.35e12  # bytes a second
 CODE_STD = 2.85  # in steps: what 31.7 M weights can afford per code under 16 MB
 # The full presets' batches, cut to what a CPU does in seconds.
 ON_CPU = {
@@ -101,6 +104,7 @@ class Bench:
         self.rows: list[dict] = []
         self.notes: list[str] = []
         self.rates: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.compiling = hp.compile == "1" or hp.compile == "auto" and world.device.type == "cuda"
         torch.manual_seed(hp.seed)
 
@@ -140,7 +144,7 @@ class Bench:
         return {"subcommand": self.name, "preset": self.hp.preset, "changed": self.hp.changed(),
                 "dtype": str(self.world.dtype)[6:], "compiled": self.compiling,
                 "hardware": self.world.hardware(), "matrix_tflops": self.rates, "rows": self.rows,
-                "notes": self.notes}
+                "counts": self.counts, "notes": self.notes}
 
 
 @contextlib.contextmanager
@@ -690,8 +694,24 @@ def bench_data(bench: Bench) -> None:
         bench_start(bench)
 
 
+def bench_count(bench: Bench) -> None:
+    """What one of eight ranks' step moves and launches on an H100."""
+    hp = bench.hp
+    counted = traffic.count(hp, max(hp.train_batch_tokens // 8 // hp.train_seq_len, 1))
+    bench.counts = dataclasses.asdict(counted)
+    of_token = counted.saved / counted.tokens
+    bench.notes += [
+        f"{counted.tokens} tokens, forward and backward, compiled, in bf16, on an H100 that is not there",
+        f"{counted.generated / 1e9:.1f} GB moved by {counted.launches} generated kernels "
+        f"({counted.generated / H100_BANDWIDTH * 1e3:.0f} ms at the least)",
+        f"{counted.library / 1e9:.1f} GB moved by matrix products and attention",
+        f"{counted.saved / 1e9:.2f} GB saved for the backward pass, {of_token:,.0f} bytes a token",
+        f"{counted.graph_breaks} graph breaks"]
+
+
 SUBCOMMANDS = {"train": bench_train, "muon": bench_muon, "qat": bench_qat, "gptq": bench_gptq,
-               "pack": bench_pack, "eval": bench_eval, "ttt": bench_ttt, "data": bench_data}
+               "pack": bench_pack, "eval": bench_eval, "ttt": bench_ttt, "data": bench_data,
+               "count": bench_count}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -711,7 +731,8 @@ def parser() -> shared.Parser:
     option = made.add_argument
     option("subcommand", choices=[*SUBCOMMANDS, "all"])
     option("--preset", choices=[*tg.PRESETS],
-           help="sizes; default: pr606 on CUDA and for gptq and pack, else smoke; a CPU gets smaller batches")
+           help="sizes; default: pr606 on CUDA and for gptq, pack and count, else smoke; a CPU gets smaller "
+                "batches")
     option("--repeats", type=at_least_one, default=5, help="rounds after the warm-up, default 5")
     option("--seconds", type=float, default=60.0, help="no further round after this long, default 60")
     choices = lambda name: tg.Hyperparameters.fields()[name].metadata["choices"]
@@ -729,7 +750,7 @@ def parser() -> shared.Parser:
 def settings_for(name: str, args: argparse.Namespace) -> tg.Hyperparameters:
     """The preset's settings, cut for a CPU, and the command line's over them."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    preset = args.preset or ("pr606" if cuda or name in ("gptq", "pack") else "smoke")
+    preset = args.preset or ("pr606" if cuda or name in ("gptq", "pack", "count") else "smoke")
     env = {"PRESET": preset, "DEVICE": args.device, "DTYPE": args.dtype, "COMPILE": args.compile}
     if not cuda and preset != "smoke":
         env |= ON_CPU.get(name, {})

@@ -257,10 +257,19 @@ def test_all_is_one_table_and_one_file(everything):
         ("ttt", {"score a chunk", "train on a chunk"}),
         ("pack", {"pack", "plain zstd -22", "unpack"}),
         ("data", {"read_shard", "TokenStream.step", "ByteTable.count"}),
+        ("count", set()),
     ],
 )
 def test_subcommand(everything, name, expected):
     assert set(check_rows(everything, name)) == expected
+
+
+@pytest.mark.whole
+def test_count(everything):
+    """tests/test_traffic.py holds the figures."""
+    report = next(one for one in everything[0]["reports"] if one["subcommand"] == "count")
+    assert report["counts"]["tokens"] == 32 and report["counts"]["graph_breaks"] == 0
+    assert f"moved by {report['counts']['launches']} generated kernels" in everything[1]
 
 
 @pytest.mark.whole
