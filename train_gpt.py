@@ -1850,9 +1850,8 @@ class Muon(torch.optim.Optimizer):
         group, pending = self.param_groups[0], []
         for stack, own, buffer in self.stacks:
             update = torch.zeros_like(buffer)
-            for slot, p in zip(update, stack[own]):
-                if p.grad is not None:
-                    slot.copy_(p.grad)
+            if there := [(slot, p.grad) for slot, p in zip(update, stack[own]) if p.grad is not None]:
+                torch._foreach_copy_(*zip(*there))
             buffer.mul_(group["momentum"]).add_(update)
             update = self.orthogonalise(update.add_(buffer, alpha=group["momentum"]))
             if self.row_norm:  # rows of length 1 (#601)

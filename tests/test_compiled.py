@@ -1,0 +1,191 @@
+"""What CUDA's path compiles, on a CPU: its branches, a backend that generates no code, the whole pipeline."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from conftest import random_model, result_of, run_here
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_gpt as tg
+
+pytestmark = pytest.mark.whole
+SMALL = {
+    "NUM_LAYERS": "11", "MODEL_DIM": "64", "NUM_HEADS": "4", "MLP_MULT": "2", "ROPE_DIMS": "8",
+    "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "32", "TRAIN_BATCH_TOKENS": "1024", "TRAIN_SEQ_LEN": "64",
+    "ITERATIONS": "12", "WARMDOWN_ITERS": "8", "WARMUP_STEPS": "2", "MAX_WALLCLOCK_SECONDS": "0",
+    "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "64", "GPTQ_CALIB_SEQUENCES": "16", "TTT_CHUNK_TOKENS": "4096",
+    "TTT_BATCH_SEQS": "4", "TTT_EPOCHS": "1", "TRAIN_LOG_EVERY": "10", "LATE_QAT_THRESHOLD": "0.5",
+    "DEVICE": "cpu", "COMPILE": "1", "ATTENTION": "sdpa", "GRAD_ACCUM_STEPS": "2", "RUN_ID": "run",
+}  # fmt: skip
+PRESETS = {
+    "pr606": {"NUM_KV_HEADS": "4", "VE_DIM": "32", "DTYPE": "bf16"},
+    "pr601": {"NUM_KV_HEADS": "2", "NUM_LAYERS": "5", "XSA_LAST_N": "2", "DTYPE": "bf16", "TTT_ENABLED": "1"},
+}
+GRAPHS = {"pr606": {"step": 10, "score": 11}, "pr601": {"step": 13, "score": 15}}
+
+
+@pytest.fixture
+def cuda_branches(monkeypatch):
+    """The rules of a CUDA device at a CPU's sizes; the compiler traces and differentiates, and runs ATen."""
+    sizes = {name: getattr(tg.TUNING["cpu"], name) for name in ("logits", "scored", "scoring", "probe")}
+    monkeypatch.setitem(tg.TUNING, "cpu", dataclasses.replace(tg.TUNING["cuda"], **sizes))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """How many graphs there were at the end of each phase, in order."""
+    seen = {}
+
+    def counted(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen[function.__name__] = graphs()
+            return result
+
+        return call
+
+    monkeypatch.setattr(tg.Stepper, "warm_up", counted(tg.Stepper.warm_up))
+    for name in ("begin_run", "measure_reserve", "begin_qat", "train", "compress", "score"):
+        monkeypatch.setattr(tg, name, counted(getattr(tg, name)))
+    return seen
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_compiles_on_the_clock_and_no_graph_breaks(tmp_path, corpus, cuda_branches, phases, preset):
+    """QAT, rehearsal, quantising and proofs included; scoring has its own clock and its own graphs."""
+    assert run_here(tmp_path, corpus | SMALL | PRESETS[preset] | {"PRESET": preset}) == 0
+    log = (tmp_path / "logs" / "run" / "log.txt").read_text()
+    assert not counters["graph_break"] and "compile:split" not in log.splitlines()
+    assert "\nqat:on step:" in log and result_of(tmp_path)["proofs"]["qat"]["first_step"] == 10
+    # attention twice; then a step: model, Newton-Schulz and rounding for each shape of matrices
+    assert phases == dict.fromkeys(phases, GRAPHS[preset]["step"]) | {
+        "begin_run": 2,
+        "score": GRAPHS[preset]["score"],
+    }
+    assert list(phases) == [
+        "begin_run",
+        "warm_up",
+        "measure_reserve",
+        "begin_qat",
+        "train",
+        "compress",
+        "score",
+    ]
+
+
+def stepper_of(tiny_hp, compiling: bool, **changed) -> tg.Stepper:
+    """Two micro-steps of a model whose every parameter is random."""
+    hp = dataclasses.replace(tiny_hp, grad_accum_steps=2, attention="sdpa", **changed)
+    stream = tg.TokenStream(tg.read_split(hp.data_path, "train"))
+    model = random_model(hp).use(tg.sdpa_attention)
+    return tg.Stepper(hp, model, stream, tg.World(hp, {}), compiling)
+
+
+def test_compiled_gradients_are_the_eager_ones_and_add_up_in_their_views(tiny_hp, monkeypatch, request):
+    """CUDA's branches compiled, the CPU's eager, QAT on; the optimisers are kept out of it."""
+    found = []
+    for compiling in (False, True):
+        if compiling:
+            request.getfixturevalue("cuda_branches")
+        stepper = stepper_of(tiny_hp, compiling)
+        stepper.qat.begin(0, 1.0)
+        stepper.optimisers.step = lambda *_: None
+        where = {name: p.grad.data_ptr() for name, p in stepper.flat.parameters.items()}
+        stepper.step(0.3, 0.9, qat_on=True)
+        for name, p in stepper.flat.parameters.items():
+            assert p.grad.data_ptr() == where[name], name
+            assert p.grad.data_ptr() == stepper.flat.view(stepper.flat.grads, name).data_ptr(), name
+        found.append({name: p.grad for name, p in stepper.flat.parameters.items()})
+    assert graphs() >= 2
+    largest = max(gradient.abs().max() for gradient in found[0].values())
+    for name, expected in found[0].items():
+        assert expected.abs().max() > 0 or name == "blocks.0.attn.vr_lambda", name
+        off = (found[1][name] - expected).abs().max()
+        assert off <= 1e-6 * largest and off <= 5e-5 * expected.abs().max(), name
+
+
+READS = "item tolist cpu numpy __bool__ __int__ __float__ __index__ nonzero is_nonzero".split()
+
+
+class NoHostReads(TorchFunctionMode):
+    """A value that comes to the host makes it wait for the device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in READS:
+            raise AssertionError(f"the host reads a tensor: {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Operations that would start a kernel; one that needs a value on the host is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name.startswith("index") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            raise AssertionError(f"the host reads a tensor: {name}")
+        if not function.is_view and not name.startswith(("empty", "detach", "_record_function")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def log_interval(stepper: tg.Stepper) -> None:
+    """What the loop does between two lines of its log, as long as nobody reads them."""
+    telemetry, ema = tg.Telemetry(stepper.world, tg.Clock(0.0)), tg.EMA(stepper.flat.weights, 0.9)
+    for step, qat_on in enumerate((False, True)):
+        stepper.step(0.3, 0.9, qat_on, 1.0)
+        ema.update(stepper.flat.weights)
+        telemetry.post(step, 0.3, stepper.flat.slots)
+
+
+def planted(kind: str, stepper: tg.Stepper, monkeypatch) -> None:
+    """A host read of each kind in the loop."""
+    step, slots = stepper.optimisers.step, stepper.flat.slots
+    reads = {
+        "item": lambda: slots[0].item(), "cpu": lambda: slots.cpu(), "branch": lambda: bool(slots[0] > 0),
+        "mask": lambda: slots[slots > 0],
+    }  # fmt: skip
+    monkeypatch.setattr(stepper.optimisers, "step", lambda *given: (reads[kind](), step(*given)))
+
+
+@pytest.mark.parametrize("read", ["none", "item", "cpu", "branch", "mask"])
+def test_the_host_reads_nothing_between_two_lines_of_the_log(tiny_hp, monkeypatch, read):
+    stepper = stepper_of(tiny_hp, compiling=False)
+    stepper.qat.begin(0, 1.0)
+    log_interval(stepper)  # states exist
+    if read != "none":
+        planted(read, stepper, monkeypatch)
+    try:
+        with NoHostReads(), Launches():
+            log_interval(stepper)
+        assert read == "none"
+    except AssertionError as error:
+        assert read != "none" and "the host reads" in str(error), error
+
+
+def test_an_optimiser_step_starts_few_kernels(tiny_hp):
+    """Matrices of one shape go through Newton-Schulz together, and AdamW is one kernel for each group."""
+    for layers in (3, 6):
+        stepper = stepper_of(tiny_hp, compiling=False, num_layers=layers)
+        stepper.step(1.0, 0.9, False)
+        with Launches() as launches:
+            stepper.optimisers.step(1.0, 0.9)
+        shapes = len(stepper.optimisers.muon.stacks)
+        # a shape: 15 products of Newton-Schulz, momentum, decay and update
+        assert len(launches.names) <= 31 * shapes and shapes == 7, layers
