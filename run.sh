@@ -5,6 +5,7 @@
 #   ./run.sh pr606               FineWeb, 11 layers; one process per CUDA device (NPROC=n to choose)
 #   ./run.sh pr601
 #   SEEDS=1337,42,7 ./run.sh     a run for each seed, one after the other, then their mean and deviation
+#   ./run.sh gpucheck            on one GPU, ten minutes: its tests, then a step's parts beside their estimates
 #   ./run.sh test                the test suite, and its ten slowest tests
 #   ./run.sh test quick          the tests that start no process, in less than a minute
 #
@@ -18,8 +19,8 @@ say() { echo "run.sh: $*"; }
 
 what=${1:-${PRESET:-smoke}}
 case $what in
-  smoke|pr606|pr601|test) ;;
-  *) fail "unknown argument '$what'; use smoke, pr606, pr601 or test" ;;
+  smoke|pr606|pr601|gpucheck|test) ;;
+  *) fail "unknown argument '$what'; use smoke, pr606, pr601, gpucheck or test" ;;
 esac
 [ $# -le 1 ] || [ "$*" = "test quick" ] || fail "one argument, or 'test quick'; settings are environment variables"
 seeds=${SEEDS:-} nproc=${NPROC:-}
@@ -28,6 +29,7 @@ unset SEEDS NPROC  # this script's own: train_gpt.py refuses them
 # 1. A Python that has what this run imports: the current one, else .venv.
 modules="numpy sentencepiece zstandard"
 case $what in
+  gpucheck) modules="$modules pytest" ;;
   test) modules="$modules pytest ruff huggingface_hub tqdm matplotlib scipy" ;;
   pr606|pr601) modules="$modules huggingface_hub tqdm" ;;
 esac
@@ -67,6 +69,11 @@ if [ "$what" = test ]; then
   "$python" -m ruff check .
   "$python" -m ruff format --check tests
   exec "$python" -m pytest -q -m "$marks" --durations=10 tests
+fi
+
+if [ "$what" = gpucheck ]; then
+  "$python" -m pytest -q -m gpu tests/test_cuda.py || fail "a test of the GPU fails: rent no more before it passes"
+  exec "$python" records/gpucheck.py
 fi
 
 # 2. Data, where the run uses the preset's own; a second call finds it there.

@@ -53,7 +53,8 @@ ON_CPU = {
     "ttt": {"TTT_CHUNK_TOKENS": "4096", "TTT_BATCH_SEQS": "2", "EVAL_STRIDE": "512"},
 }
 # What a subcommand measures whatever the preset says: the costliest step rule, one stride.
-OF_ITS_OWN = {"gptq": {"STEP_RULE": "clip", "STAGES": "quantize"}, "eval": {"EVAL_STRIDE": "64"}}
+OF_ITS_OWN = {"gptq": {"STEP_RULE": "clip", "STAGES": "quantize"}, "eval": {"EVAL_STRIDE": "64"},
+              "gpucheck": {"TRAIN_BATCH_TOKENS": str(786_432 // 8)}}  # one of eight ranks' share
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -748,7 +749,7 @@ def parser() -> shared.Parser:
 
 
 def settings_for(name: str, args: argparse.Namespace) -> tg.Hyperparameters:
-    """The preset's settings, cut for a CPU, and the command line's over them."""
+    """The preset's settings, cut for a CPU or to a share, and the command line's over them."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     preset = args.preset or ("pr606" if cuda or name in ("gptq", "pack", "count") else "smoke")
     env = {"PRESET": preset, "DEVICE": args.device, "DTYPE": args.dtype, "COMPILE": args.compile}
