@@ -23,7 +23,7 @@ SMALL = {
 }  # fmt: skip
 PRESETS = {
     "pr606": {"NUM_KV_HEADS": "4", "VE_DIM": "32", "DTYPE": "bf16"},
-    "pr601": {"NUM_KV_HEADS": "2", "NUM_LAYERS": "5", "XSA_LAST_N": "2", "DTYPE": "bf16", "TTT_ENABLED": "1"},
+    "pr601": {"NUM_KV_HEADS": "2", "NUM_LAYERS": "3", "XSA_LAST_N": "2", "DTYPE": "bf16", "TTT_ENABLED": "1"},
 }
 GRAPHS = {"pr606": {"step": 10, "score": 11}, "pr601": {"step": 13, "score": 15}}
 

@@ -142,3 +142,34 @@ def test_a_run_through_every_stage(tmp_path, tiny, switch):
     assert all(result["bpb"][name] < 6 for name in ("float", "roundtrip", "sliding", "ttt"))
     assert result["proofs"]["qat"]["first_step"] and result["proofs"]["ttt"]["steps"]
     assert result["budget"]["training"]["within"] and result["budget"]["evaluation"]["within"]
+
+
+def test_compiled_gradients_are_the_eager_ones(hp):
+    """In float32, over two micro-steps, into the views that the optimisers read."""
+    found = []
+    for compiling in (False, True):
+        stepper = stepper_of(dataclasses.replace(hp, dtype="fp32", grad_accum_steps=2), compiling)
+        stepper.optimisers.step = lambda *_: None
+        stepper.step(1.0, 0.9, False)
+        found.append({name: p.grad.clone() for name, p in stepper.flat.parameters.items()})
+        assert all(p.grad.data_ptr() == stepper.flat.view(stepper.flat.grads, name).data_ptr()
+                   for name, p in stepper.flat.parameters.items())  # fmt: skip
+    largest = max(gradient.abs().max() for gradient in found[0].values())
+    for name, expected in found[0].items():
+        assert (found[1][name] - expected).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_train_as_one(tmp_path, tiny):
+    """NCCL's sums instead of one device's, through every stage; the launcher's environment decides."""
+    runs = []
+    for processes in (1, 2):
+        env = tiny | {"DEVICE": DEVICE, "DTYPE": "fp32", "RUN_ID": f"on{processes}", "COMPILE": "0"}
+        done = run_script(tmp_path, env, processes, timeout=600)
+        assert done.returncode == 0, done.stderr
+        runs.append(result_of(tmp_path, f"on{processes}"))
+    one, two = runs
+    assert (one["world_size"], two["world_size"]) == (1, 2) and one["steps"] == two["steps"]
+    for name, score in one["bpb"].items():
+        assert two["bpb"][name] == pytest.approx(score, rel=1e-3), name

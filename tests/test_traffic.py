@@ -47,7 +47,7 @@ def test_memory_is_foreseen_within_a_tenth(preset, request):
         hp, counted = settings(preset, DEVICE="cpu"), request.getfixturevalue("pr606")
         saved, tokens = counted.saved, counted.tokens
     else:
-        hp = settings(preset, DEVICE="cpu", NUM_LAYERS="5")
+        hp = settings(preset, DEVICE="cpu", NUM_LAYERS="3", XSA_LAST_N="3")
         saved, tokens = traffic.saved_bytes(traffic.trace(hp, 4)[0][0]), 4 * hp.train_seq_len
     foreseen = tg.activation_bytes(hp, tg.World(hp, {}), compiling=True) - 12 * hp.vocab_size
     assert foreseen == pytest.approx(saved / tokens, rel=0.1)
