@@ -19,13 +19,18 @@ SMALL = {
     "ITERATIONS": "12", "WARMDOWN_ITERS": "8", "WARMUP_STEPS": "2", "MAX_WALLCLOCK_SECONDS": "0",
     "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "64", "GPTQ_CALIB_SEQUENCES": "16", "TTT_CHUNK_TOKENS": "4096",
     "TTT_BATCH_SEQS": "4", "TTT_EPOCHS": "1", "TRAIN_LOG_EVERY": "10", "LATE_QAT_THRESHOLD": "0.5",
-    "DEVICE": "cpu", "COMPILE": "1", "ATTENTION": "sdpa", "GRAD_ACCUM_STEPS": "2", "RUN_ID": "run",
+    "NUM_KV_HEADS": "4", "DTYPE": "bf16", "DEVICE": "cpu", "COMPILE": "1", "ATTENTION": "sdpa",
+    "GRAD_ACCUM_STEPS": "2", "RUN_ID": "run",
 }  # fmt: skip
-PRESETS = {
-    "pr606": {"NUM_KV_HEADS": "4", "VE_DIM": "32", "DTYPE": "bf16"},
-    "pr601": {"NUM_KV_HEADS": "2", "NUM_LAYERS": "3", "XSA_LAST_N": "2", "DTYPE": "bf16", "TTT_ENABLED": "1"},
+RUNS = {  # settings; graphs of a step, attention's two included, and with scoring
+    "pr606": ({"VE_DIM": "32"}, 10, 11),
+    "pr606 of 4 layers": ({"VE_DIM": "32", "NUM_LAYERS": "4", "XSA_LAST_N": "4", "VE_LAYERS": "2,3"}, 10, 11),
+    "pr601 of 3 layers": (
+        {"NUM_KV_HEADS": "2", "NUM_LAYERS": "3", "XSA_LAST_N": "2", "TTT_ENABLED": "1"},
+        13,
+        15,
+    ),
 }
-GRAPHS = {"pr606": {"step": 10, "score": 11}, "pr601": {"step": 13, "score": 15}}
 
 
 @pytest.fixture
@@ -62,18 +67,15 @@ def phases(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_nothing_compiles_on_the_clock_and_no_graph_breaks(tmp_path, corpus, cuda_branches, phases, preset):
+@pytest.mark.parametrize("name", [pytest.param("pr606", marks=pytest.mark.slow), *list(RUNS)[1:]])
+def test_nothing_compiles_on_the_clock_and_no_graph_breaks(tmp_path, corpus, cuda_branches, phases, name):
     """QAT, rehearsal, quantising and proofs included; scoring has its own clock and its own graphs."""
-    assert run_here(tmp_path, corpus | SMALL | PRESETS[preset] | {"PRESET": preset}) == 0
+    settings, in_step, with_scoring = RUNS[name]
+    assert run_here(tmp_path, corpus | SMALL | settings | {"PRESET": name.split()[0]}) == 0
     log = (tmp_path / "logs" / "run" / "log.txt").read_text()
-    assert not counters["graph_break"] and "compile:split" not in log.splitlines()
+    assert not counters["graph_break"] and "\ncompile:split" not in log
     assert "\nqat:on step:" in log and result_of(tmp_path)["proofs"]["qat"]["first_step"] == 10
-    # attention twice; then a step: model, Newton-Schulz and rounding for each shape of matrices
-    assert phases == dict.fromkeys(phases, GRAPHS[preset]["step"]) | {
-        "begin_run": 2,
-        "score": GRAPHS[preset]["score"],
-    }
+    assert phases == dict.fromkeys(phases, in_step) | {"begin_run": 2, "score": with_scoring}
     assert list(phases) == [
         "begin_run",
         "warm_up",
