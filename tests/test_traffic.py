@@ -10,47 +10,50 @@ import traffic
 import train_gpt as tg
 
 pytestmark = pytest.mark.whole
-LEAST = {  # the smallest that has every part; its traffic is counted in seconds
-    "NUM_LAYERS": "2", "VE_LAYERS": "1", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "1024",
-    "BIGRAM_VOCAB_SIZE": "256",
-}  # fmt: skip
+TWO = {
+    "NUM_LAYERS": "2",
+    "VE_LAYERS": "1",
+    "XSA_LAST_N": "2",
+}  # every part, and seconds instead of half a minute
 
 
 def settings(preset: str, **changed: str) -> tg.Hyperparameters:
-    return tg.Hyperparameters.from_env({"PRESET": preset} | changed)
+    return tg.Hyperparameters.from_env({"PRESET": preset, "DEVICE": "cpu"} | changed)
 
 
 @pytest.fixture(scope="module")
-def pr606():
-    """One of eight ranks' step."""
-    return traffic.count(settings("pr606"), 48)
+def two():
+    """One of eight ranks' step with two layers."""
+    return traffic.count(settings("pr606", **TWO), 48)
 
 
-@pytest.fixture(scope="module")
-def least():
-    return traffic.count(settings("pr606", **LEAST), 8)
+@pytest.mark.slow
+def test_a_step_of_pr606_moves_what_was_counted():
+    """The figures of records/RESULTS.md; 0.3 ms a GB at the two, of a step of 100 ms."""
+    counted = traffic.count(settings("pr606"), 48)
+    assert counted.tokens == 98_304 and counted.graph_breaks == 0
+    assert 78e9 < counted.generated < 80e9
+    assert counted.library == pytest.approx(71.7e9, rel=0.01)
+    assert 370 < counted.launches <= 379
+    assert counted.saved == pytest.approx(24.05e9, rel=0.005)
 
 
-def test_a_step_of_pr606_moves_what_was_counted(pr606):
-    """The figures of records/RESULTS.md; 0.3 ms a GB at the least, of a step of 100 ms."""
-    assert pr606.tokens == 98_304 and pr606.graph_breaks == 0
-    assert 78e9 < pr606.generated < 80e9
-    assert pr606.library == pytest.approx(71.7e9, rel=0.01)
-    assert 370 < pr606.launches <= 379
-    assert pr606.saved == pytest.approx(24.05e9, rel=0.005)
+def test_two_of_its_layers_move_what_was_counted(two):
+    assert two.tokens == 98_304 and two.graph_breaks == 0
+    assert two.generated == pytest.approx(16.72e9, rel=0.005)
+    assert two.library == pytest.approx(14.40e9, rel=0.005)
+    assert two.launches <= 91
+    assert two.saved == pytest.approx(4.829e9, rel=0.005)
 
 
 @pytest.mark.parametrize("preset", ["pr606", "pr601"])
-def test_memory_is_foreseen_within_a_tenth(preset, request):
+def test_memory_is_foreseen_within_a_tenth(preset):
     """By the formula that sets the micro-batch; what the loss needs is not kept."""
-    if preset == "pr606":
-        hp, counted = settings(preset, DEVICE="cpu"), request.getfixturevalue("pr606")
-        saved, tokens = counted.saved, counted.tokens
-    else:
-        hp = settings(preset, DEVICE="cpu", NUM_LAYERS="3", XSA_LAST_N="3")
-        saved, tokens = traffic.saved_bytes(traffic.trace(hp, 4)[0][0]), 4 * hp.train_seq_len
+    four = {"pr606": {"NUM_LAYERS": "4", "VE_LAYERS": "2,3"}, "pr601": {"NUM_LAYERS": "4"}}[preset]
+    hp = settings(preset, **four)
+    saved = traffic.saved_bytes(traffic.trace(hp, 4)[0][0]) / (4 * hp.train_seq_len)
     foreseen = tg.activation_bytes(hp, tg.World(hp, {}), compiling=True) - 12 * hp.vocab_size
-    assert foreseen == pytest.approx(saved / tokens, rel=0.1)
+    assert foreseen == pytest.approx(saved, rel=0.1)
 
 
 def with_direction(y, v):
@@ -66,14 +69,14 @@ def scattered(p, y):
 
 
 @pytest.mark.parametrize("planted", ["fp32 kept", "scatter"])
-def test_a_waste_is_seen(least, monkeypatch, planted):
+def test_a_waste_is_seen(two, monkeypatch, planted):
     if planted == "fp32 kept":
         monkeypatch.setattr(tg, "remove_own_value", with_direction)
     else:
         changed = dataclasses.replace(tg.TUNING["cuda"], less_target=scattered)
         monkeypatch.setitem(tg.TUNING, "cuda", changed)
-    counted = traffic.count(settings("pr606", **LEAST), 8)
+    counted = traffic.count(settings("pr606", **TWO), 48)
     if planted == "fp32 kept":
-        assert counted.saved > 1.02 * least.saved and counted.generated > 1.02 * least.generated
+        assert counted.saved > 1.02 * two.saved and counted.generated > 1.02 * two.generated
     else:
-        assert counted.generated > 1.005 * least.generated and counted.launches > least.launches
+        assert counted.generated > 1.1 * two.generated and counted.launches > two.launches
