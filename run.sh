@@ -7,7 +7,7 @@
 #   SEEDS=1337,42,7 ./run.sh     a run for each seed, one after the other, then their mean and deviation
 #   ./run.sh gpucheck            on one GPU, ten minutes: its tests, then a step's parts beside their estimates
 #   ./run.sh test                the test suite, and its ten slowest tests
-#   ./run.sh test quick          the tests that start no process, in less than a minute
+#   ./run.sh test quick          the tests that start no process, in about a minute
 #
 # Settings are environment variables (python train_gpt.py --help). Of its own: SEEDS, NPROC, TORCH_INDEX_URL (where pip
 # finds torch, e.g. a CPU-only build), TRAIN_SHARDS (FineWeb shards to download, 80), PYTHON (the interpreter to use).

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import traffic
 import zstandard
 from runs import ROOT, Mistake
 from torch import Tensor, nn
@@ -697,6 +696,8 @@ def bench_data(bench: Bench) -> None:
 
 def bench_count(bench: Bench) -> None:
     """What one of eight ranks' step moves and launches on an H100."""
+    import traffic  # the compiler's parts take a second and a half
+
     hp = bench.hp
     counted = traffic.count(hp, max(hp.train_batch_tokens // 8 // hp.train_seq_len, 1))
     bench.counts = dataclasses.asdict(counted)
