@@ -2627,12 +2627,12 @@ def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
 
 
 def forecast(run: Run, positions: int, reserve: float, pace: float) -> str:
-    """A run's seconds by those of a step: a scored token costs a third of a trained one."""
+    """A run's seconds by a step's: a scored token takes a third of a trained one, TTT's small steps three."""
     hp, token, limit = run.hp, pace / run.hp.train_batch_tokens, run.hp.max_wallclock_seconds
     steps = min(hp.iterations, (limit - reserve) / pace) if limit else hp.iterations
     plain, scores = positions * token / 3, "evaluate" in hp.stages
     sliding = scores * plain * hp.eval_seq_len / hp.eval_stride
-    ttt = min(sliding + scores * hp.ttt_epochs * positions * token, hp.eval_seconds or math.inf)
+    ttt = min(sliding + scores * hp.ttt_epochs * positions * 3 * token, hp.eval_seconds or math.inf)
     seconds = {"training": steps * pace, "ttt": ttt * hp.ttt_enabled, "quantising": reserve,
                "sliding": sliding * (not hp.skip_sliding), "plain": plain * (1 + scores)}
     cheaper = {"training": f"ITERATIONS={steps / 2:.0f}", "sliding": f"EVAL_STRIDE={2 * hp.eval_stride}",
