@@ -191,3 +191,25 @@ def test_an_optimiser_step_starts_few_kernels(tiny_hp):
         shapes = len(stepper.optimisers.muon.stacks)
         # a shape: 15 products of Newton-Schulz, momentum, decay and update
         assert len(launches.names) <= 31 * shapes and shapes == 7, layers
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [(64, "Call to `torch._dynamo.graph_break()`"), (2, "recompile limit")]
+)
+def test_what_is_not_compiled_as_a_whole_is_told(monkeypatch, limit, said):
+    torch._dynamo.reset()
+    counters.clear()
+    lines, breaks = [], limit == 64
+
+    def work(x):
+        if breaks:
+            torch._dynamo.graph_break()
+        return x + 1
+
+    function = tg.compiled(work, backend="eager")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    for size in range(4):
+        function(torch.ones(size + 2))
+    tg.log_compiler(lines.append)
+    assert len(lines) == 1 and lines[0].startswith("compile:split ") and said in lines[0]
+    counters.clear()
