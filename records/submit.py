@@ -2,19 +2,27 @@
 
     python records/submit.py logs/SEED1337 logs/SEED42 logs/SEED7 \\
         --name "Int5 GPTQ with live QAT" --author "A. Person" --github-id aperson
+    python records/submit.py --pack-source packed/train_gpt.py       before the runs: fewer bytes of code
 
 The folder holds README.md, submission.json, the runs' logs, train_gpt.py (the very script of the runs, taken
 from their logs) and requirements.txt: copy it under records/ of the challenge's repository. What the rules
 ask is checked first: one script, one configuration, three seeds, the byte cap, both clocks, and the audit of
 each artifact (audit.json beside it). With --non-record a breach only warns, and the README repeats it.
+
+--pack-source writes train_gpt.py without comments and docstrings, compressed, as a script that unpacks
+itself. A run counts the file that runs, so make the runs with it; its first line names the readable one.
 """
 from __future__ import annotations
 
 import runs as shared
 
 # isort: split
+import argparse
+import ast
+import base64
 import hashlib
 import json
+import lzma
 import re
 import shlex
 import shutil
@@ -36,6 +44,40 @@ AUDIT = {"passed": shared.FLAG, "checks": [{
     "evidence?": shared.STRING}]}
 
 
+# The script, packed
+
+PACKED = "# train_gpt.py of SHA-256 {}, without comments and docstrings, compressed\n"
+
+
+def packed_source(source: bytes) -> bytes:
+    """A script that unpacks and runs another; of its docstrings the first stays, which --help shows."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}]
+    small = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=filters)
+    return (
+        PACKED.format(hashlib.sha256(source).hexdigest()) + "import base64,lzma\n"
+        f'exec(compile(lzma.decompress(base64.b85decode("{base64.b85encode(small).decode()}")),__file__,"exec"))\n'
+    ).encode()
+
+
+class PackSource(argparse.Action):
+    """--pack-source FILE: write it and end, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        source = (ROOT / "train_gpt.py").read_bytes()
+        packed = packed_source(source)
+        try:
+            values.parent.mkdir(parents=True, exist_ok=True)
+            shared.write_atomically(values, packed)
+        except OSError as error:
+            raise Mistake(f"{values} cannot be written: {error.strerror}") from None
+        print(f"{values}: {len(packed):,} bytes, train_gpt.py has {len(source):,}")
+        parser.exit()
+
+
 # What the runs hand in
 
 
@@ -50,6 +92,12 @@ def script_of(run: Run) -> bytes:
             if hashlib.sha256(source).hexdigest() == wanted:
                 return source
     raise Mistake(f"{path} does not begin with the script whose hash result.json names; it has been changed")
+
+
+def packed_from(source: bytes) -> str:
+    """Of what a packed script was made, for the README; nothing for a readable one."""
+    found = re.match(re.escape(PACKED).replace(r"\{\}", "([0-9a-f]{64})"), source.decode())
+    return f", packed from the readable one of SHA-256 {as_code(found[1])}" if found else ""
 
 
 def audit_of(run: Run) -> dict | None:
@@ -272,7 +320,7 @@ def readme(runs: Sequence[Run], name: str, blurb: str, warnings: Sequence[str]) 
         "## Audit", audit_table(runs),
         "## Reproduce", f"From inside this folder, with the challenge's data under `{DATA_ROOT}`:",
         f"```\npip install -r requirements.txt\n{reproduce_command(runs[0])}\n```",
-        f"Script SHA-256: {as_code(first.get('script_sha256', ''))}. "
+        f"Script SHA-256: {as_code(first.get('script_sha256', ''))}{packed_from(script_of(runs[0]))}. "
         f"Machine and versions: {as_code(first.get('hardware', ''))}.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -341,6 +389,8 @@ def program() -> None:
     parser.add_argument("--date", help="YYYY-MM-DD (default: today)")
     parser.add_argument("--out", type=Path, help="the folder to write (default: submissions/DATE_NAME)")
     parser.add_argument("--non-record", action="store_true", help="breaches of the rules only warn")
+    parser.add_argument("--pack-source", action=PackSource, type=Path, metavar="FILE",
+                        help="write the script so that it takes fewer bytes, and nothing else")
     arguments = parser.parse_args()
     try:
         day = str(date.fromisoformat(arguments.date)) if arguments.date else str(datetime.now(UTC).date())

@@ -96,8 +96,11 @@ def random_model(hp: tg.Hyperparameters, seed: int = 0, spread: float = 0.1) -> 
     return model
 
 
+SCRIPT = ROOT / "train_gpt.py"
+
+
 def run_script(
-    folder: Path, env: dict[str, str], processes: int = 1, timeout: float = 300
+    folder: Path, env: dict[str, str], processes: int = 1, timeout: float = 300, script: Path = SCRIPT
 ) -> subprocess.CompletedProcess:
     """train_gpt.py through the command line in a folder of its own, under torchrun for several processes."""
     command = [sys.executable]
@@ -106,7 +109,7 @@ def run_script(
     kept = "PATH HOME LD_LIBRARY_PATH CC CXX CUDA_HOME CUDA_VISIBLE_DEVICES".split()
     clean = {key: os.environ[key] for key in kept if key in os.environ}
     return subprocess.run(
-        [*command, str(ROOT / "train_gpt.py")], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
+        [*command, str(script)], cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | env,
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

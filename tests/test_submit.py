@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import runs as shared
 import submit
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 SOURCE = (ROOT / "train_gpt.py").read_bytes()
 SEEDS = (1337, 42, 7)
@@ -281,3 +281,56 @@ def test_the_folder_runs(tmp_path, monkeypatch, capsys, tiny):
     result = json.loads((folder / "logs/again/result.json").read_text())
     assert result["steps"] == 3 and result["seed"] == 1337 and result["bpb"]["roundtrip"] > 0
     assert submit.script_of(shared.Run.open(folder / "logs/again")) == SOURCE
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """--pack-source, through the command line: the file, and what was said."""
+    path = tmp_path_factory.mktemp("packed") / "below" / "train_gpt.py"
+    command = [sys.executable, str(ROOT / "records/submit.py"), "--pack-source", str(path)]
+    return path, subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_packed_script_is_small_and_names_the_readable_one(packed):
+    path, said = packed
+    data = path.read_bytes()
+    assert said == f"{path}: {len(data):,} bytes, train_gpt.py has {len(SOURCE):,}\n"
+    assert data == submit.packed_source(SOURCE) and len(data) < 0.3 * len(SOURCE)
+    assert data.startswith(f"# train_gpt.py of SHA-256 {hashlib.sha256(SOURCE).hexdigest()}, ".encode())
+    assert max(map(len, SOURCE.splitlines())) < 200 and len(data.splitlines()) == 3
+
+
+def test_of_docstrings_the_script_s_own_stays():
+    source = b'"""What --help says."""\nclass A:\n    """No."""\ndef f():\n    "no"  # no\n    return "yes"\n'
+    code = submit.packed_source(source)
+    names = {"__file__": "x"}
+    exec(compile(code, "x", "exec"), names)
+    assert names["__doc__"] == "What --help says." and names["A"].__doc__ is names["f"].__doc__ is None
+    assert names["f"]() == "yes"
+
+
+@pytest.mark.whole
+def test_the_packed_script_makes_the_same_run_and_counts_itself(packed, tmp_path, tiny):
+    """Every stage, bit for bit; its log begins with it, so a submission holds it."""
+    results = {}
+    for name, script in (("readable", ROOT / "train_gpt.py"), ("packed", packed[0])):
+        done = run_script(tmp_path, tiny | {"RUN_ID": name}, script=script)
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads((tmp_path / "logs" / name / "result.json").read_text())
+    ours, theirs = results["packed"], results["readable"]
+    assert ours["bpb"] == theirs["bpb"] and ours["params"] == theirs["params"]
+    assert ours["artifact"]["code_bytes"] == packed[0].stat().st_size < theirs["artifact"]["code_bytes"] / 3
+    assert submit.script_of(shared.Run.open(tmp_path / "logs/packed")) == packed[0].read_bytes()
+
+
+def test_the_readme_names_both_scripts(packed, tmp_path, monkeypatch, capsys):
+    source = packed[0].read_bytes()
+    same = {"source": source, "script_sha256": hashlib.sha256(source).hexdigest()}
+    runs = [write_run(tmp_path / f"logs/s{seed}", seed, **same) for seed in SEEDS]
+    status, _, err = submission(tmp_path, monkeypatch, capsys, runs, "--out", tmp_path / "out")
+    assert status == 0, err
+    readme = (tmp_path / "out/README.md").read_text()
+    hashes = [hashlib.sha256(one).hexdigest() for one in (source, SOURCE)]
+    assert "Script SHA-256: `{}`, packed from the readable one of SHA-256 `{}`.".format(*hashes) in readme
+    assert (tmp_path / "out/train_gpt.py").read_bytes() == source
+    assert "packed from" not in submit.packed_from(SOURCE)
