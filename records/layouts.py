@@ -75,12 +75,17 @@ class Layout:
     values: Callable[[np.ndarray, int], np.ndarray] = offset
     columns_first: bool = False
     frame: Callable[[str, object], str] = by_role_and_width
+    classes: bool = False
     compress: Callable[[bytes], bytes] = field(default_factory=literals)
 
     def frames(self, tensors: Mapping) -> list[bytes]:
         """The compressed frames of all codes."""
         plain: dict[str, list[bytes]] = {}
         for name, tensor in sorted(tensors.items()):
+            if self.classes:
+                for each, data in script().by_class(tensor.codes, tensor.max_code)[1].items():
+                    plain.setdefault(f"{self.frame(name, tensor)}.{each}", []).append(data)
+                continue
             codes = tensor.codes.numpy()
             ordered = np.ascontiguousarray(codes.swapaxes(-2, -1) if self.columns_first else codes)
             values = self.values(ordered, tensor.max_code)
@@ -89,9 +94,10 @@ class Layout:
 
 
 def layouts() -> Iterator[Layout]:
-    """The script's way, then every other."""
+    """A plain way, then the script's for matrices, then every other."""
     base = Layout("rows first, offset codes, a frame per role and width, literals only")
     yield base
+    yield replace(base, name="columns first, a frame per role, width and class of columns", classes=True)
     yield replace(base, name="columns first", columns_first=True)
     yield replace(base, name="zigzag codes", values=zigzag)
     yield replace(base, name="two's complement codes", values=signed)

@@ -298,13 +298,47 @@ def test_gaussian_codes_come_close_to_their_entropy():
     }
     blob = tg.pack({}, tensors)
     report, scales = tg.byte_report(blob), 2 * 4 * 1000
-    assert report.keys() == {"header", "attn.15", "mlp.15", "scales"}
+    assert report.keys() == {"header", "attn.15", "mlp.15", "classes", "scales"}
     assert sum(section["bytes"] for section in report.values()) == len(blob)
     assert report["scales"]["plain_bytes"] == scales and report["header"]["bytes"] < 1000
     for role in spreads:
         bound = entropy_bytes(torch.cat([t.codes for t in tensors.values() if t.role == role]))
         assert report[f"{role}.15"]["plain_bytes"] == 1_000_000
         assert bound < report[f"{role}.15"]["bytes"] <= over[role] * bound
+
+
+def test_columns_of_another_size_have_frames_of_their_own():
+    """At most 1.02 of the classes' entropy, where these codes together have a tenth more."""
+    sizes = (1.2, 2.4, 4.8)
+    spreads = torch.tensor(sizes).repeat(100)
+    codes = (torch.randn(2000, 300, generator=generator()) * spreads).round_().clamp_(-15, 15).to(torch.int8)
+    blob = tg.pack({}, {"w": Q(codes, torch.ones(2000), 15, "mlp")})
+    assert torch.equal(tg.unpack(blob)[1]["w"].codes, codes)
+    header, _ = tg.read_header(blob)
+    frames = [packed for key, packed, _ in header["sections"] if key.startswith("mlp.15.")]
+    assert len(frames) == 3 and sum(frames) == tg.byte_report(blob)["mlp.15"]["bytes"]
+    of_classes = sum(entropy_bytes(codes[:, spreads == size]) for size in sizes)
+    assert of_classes < sum(frames) < 1.02 * of_classes < 0.95 * entropy_bytes(codes)
+
+
+def test_damaged_classes_are_refused():
+    """Another class for a column asks its frame for more than that holds, or for one that is not there."""
+    codes = torch.tensor([[9, 1, 9, 1], [9, 1, 9, 1]], dtype=torch.int8)
+    header, payload = split(tg.pack({}, {"w": Q(codes, torch.ones(2), 15, "mlp")}))
+    header = json.loads(header)
+    starts, at = {}, 0
+    for key, size, _ in header["sections"]:
+        starts[key], at = at, at + size
+    sizes = {key: size for key, size, _ in header["sections"]}
+    place = starts["classes"], starts["classes"] + sizes["classes"]
+    low, high = sorted(int(key.rpartition(".")[2]) for key in sizes if key.startswith("mlp"))
+    for classes in ([high, high, high, low], [high, low, high, 77], [low, high, low, low]):
+        frame = tg.zstd_frame(bytes(classes), literals=False)
+        header["sections"] = [
+            [key, len(frame) if key == "classes" else packed, size]
+            for key, packed, size in header["sections"]
+        ]
+        assert refused(join(header, payload[: place[0]] + frame + payload[place[1] :]))
 
 
 def test_tables_whose_rows_repeat_take_less_than_their_entropy():
@@ -350,7 +384,7 @@ def test_every_truncation_is_refused():
     assert len(blob) < 5000
     for size in range(len(blob)):
         assert refused(blob[:size])
-        assert size % 3 or refused(seal(blob[:size]))
+        assert size % 3 or size == len(blob) - 32 or refused(seal(blob[:size]))
 
 
 def test_every_flipped_bit_is_refused():
@@ -653,8 +687,9 @@ def test_scales_that_are_not_finite_are_refused(scale):
     """pack never writes them, and one would make every loss NaN."""
 
     def file(scale):
-        frames = [tg.zstd_frame(data, literals=True) for data in (b"\x0f" * 6, struct.pack("<2e", 1, scale))]
-        sections = [["attn.15", len(frames[0]), 6], ["scales", len(frames[1]), 4]]
+        parts = {"attn.15.0": b"\x0f" * 6, "classes": bytes(3), "scales": struct.pack("<2e", 1, scale)}
+        frames = [tg.zstd_frame(data, literals=True) for data in parts.values()]
+        sections = [[key, len(frame), len(parts[key])] for key, frame in zip(parts, frames)]
         tensors = [["w", "codes", [2, 3], "attn.15", 15]]
         return join(dict(config={}, tensors=tensors, sections=sections), b"".join(frames))
 

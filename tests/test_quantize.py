@@ -602,6 +602,7 @@ def test_the_log_states_bytes_by_role(stage):
     coded = {"attn.15": ATTN, "mlp.15": MLP, "embed.127": EMBEDDINGS}
     plain = {key: sum(tensors[name].codes.numel() for name in names) for key, names in coded.items()}
     plain["scales"] = sum(2 * len(tensors[name].scales) for name in MATRICES + EMBEDDINGS)
+    plain["classes"] = sum(tensors[name].codes.size(1) for name in MATRICES)
     plain["raw.float16"] = sum(
         2 * tensors[name].numel() for name in tensors.keys() - {*MATRICES, *EMBEDDINGS}
     )
