@@ -196,7 +196,7 @@ def test_an_optimiser_step_starts_few_kernels(tiny_hp):
 @pytest.mark.parametrize(
     ("limit", "said"), [(64, "Call to `torch._dynamo.graph_break()`"), (2, "recompile limit")]
 )
-def test_what_is_not_compiled_as_a_whole_is_told(monkeypatch, limit, said):
+def test_what_is_not_compiled_as_a_whole_is_told(limit, said):
     torch._dynamo.reset()
     counters.clear()
     lines, breaks = [], limit == 64
@@ -207,9 +207,9 @@ def test_what_is_not_compiled_as_a_whole_is_told(monkeypatch, limit, said):
         return x + 1
 
     function = tg.compiled(work, backend="eager")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
-    for size in range(4):
-        function(torch.ones(size + 2))
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for size in range(4):
+            function(torch.ones(size + 2))
     tg.log_compiler(lines.append)
     assert len(lines) == 1 and lines[0].startswith("compile:split ") and said in lines[0]
     counters.clear()
