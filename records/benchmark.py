@@ -706,7 +706,7 @@ def bench_count(bench: Bench) -> None:
         f"{counted.tokens} tokens, forward and backward, compiled, in bf16, on an H100 that is not there",
         f"{counted.generated / 1e9:.1f} GB moved by {counted.launches} generated kernels "
         f"({counted.generated / H100_BANDWIDTH * 1e3:.0f} ms at the least)",
-        f"{counted.library / 1e9:.1f} GB moved by matrix products and attention",
+        f"{counted.extern / 1e9:.1f} GB moved by matrix products and attention",
         f"{counted.saved / 1e9:.2f} GB saved for the backward pass, {of_token:,.0f} bytes a token",
         f"{counted.graph_breaks} graph breaks"]
 

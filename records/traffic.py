@@ -47,7 +47,7 @@ class Traffic:
     graph_breaks: int
     saved: int      # bytes kept for the backward pass
     generated: int  # bytes that Inductor's own kernels move
-    library: int    # bytes that matrix products and attention move
+    extern: int     # bytes that matrix products and attention move
     launches: int   # of Inductor's own kernels
 
 
@@ -144,6 +144,6 @@ def count(hp: tg.Hyperparameters, sequences: int) -> Traffic:
     saved, breaks = saved_bytes(graphs[0][0]), sum(counters["graph_break"].values())
     kernels = [kernel for i, graph in enumerate(graphs) for kernel in schedule(*graph, backward=i > 0)]
     return Traffic(sequences * hp.train_seq_len, breaks, saved,
-                   sum(moved for library, moved in kernels if not library),
-                   sum(moved for library, moved in kernels if library),
-                   sum(moved > 0 for library, moved in kernels if not library))
+                   sum(moved for extern, moved in kernels if not extern),
+                   sum(moved for extern, moved in kernels if extern),
+                   sum(moved > 0 for extern, moved in kernels if not extern))

@@ -33,7 +33,7 @@ def test_a_step_of_pr606_moves_what_was_counted():
     counted = traffic.count(settings("pr606"), 48)
     assert counted.tokens == 98_304 and counted.graph_breaks == 0
     assert 78e9 < counted.generated < 80e9
-    assert counted.library == pytest.approx(71.7e9, rel=0.01)
+    assert counted.extern == pytest.approx(71.7e9, rel=0.01)
     assert 370 < counted.launches <= 379
     assert counted.saved == pytest.approx(24.05e9, rel=0.005)
 
@@ -41,7 +41,7 @@ def test_a_step_of_pr606_moves_what_was_counted():
 def test_two_of_its_layers_move_what_was_counted(two):
     assert two.tokens == 98_304 and two.graph_breaks == 0
     assert two.generated == pytest.approx(16.72e9, rel=0.005)
-    assert two.library == pytest.approx(14.40e9, rel=0.005)
+    assert two.extern == pytest.approx(14.40e9, rel=0.005)
     assert two.launches <= 91
     assert two.saved == pytest.approx(4.829e9, rel=0.005)
 
