@@ -2395,7 +2395,7 @@ class Rate:
             weight, steps = weights[name], storable(row_scales(weights[name], max_code))
             counts[roles[name], max_code] += weight.numel()
             units[roles[name], max_code].append(
-                weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1))
+                (weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1)).cpu())
             zeros = torch.zeros(weight.shape, dtype=torch.int8)
             empty[name] = QuantizedTensor(zeros, steps, max_code, roles[name])
         self.fixed = len(pack(artifact_config(model.hp, {}), empty, level=13))  # all but the codes; quickly
