@@ -2440,7 +2440,7 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
                 f"room:{room}B")
         if len(best) < len(blob) <= room:
             best, report = blob, errors | {"multiplier": multiplier}
-        if best and (multiplier == 1.0 or len(best) > 0.995 * room):
+        if best and (multiplier == 1.0 or len(best) > 0.997 * room):
             break
         low, high = (low, multiplier) if len(blob) <= room else (multiplier, high)
         multiplier *= 2 ** (8 * (len(blob) - target) / weights_coded)  # twice the step: a bit less a weight

@@ -455,7 +455,7 @@ def test_a_small_limit_is_filled_and_never_passed(given, share, changes):
     """By GPTQ's codes, which cost more than plain ones here, and by pruned ones, which cost less."""
     room = room_for(given, 0.9 * share if "prune_pct" in changes else share, **changes)
     blob, report, sizes = given.fit(room, **changes)
-    assert 0.995 * room <= len(blob) <= room and report["multiplier"] > 1
+    assert 0.997 * room <= len(blob) <= room and report["multiplier"] > 1
     assert len(blob) == max(size for size in sizes if size <= room)
 
 
@@ -484,7 +484,7 @@ def test_code_counts_against_the_limit(given):
     size = len(given.packed())
     room = round(1.01 * size)
     kept, smaller = (given.fit(room - longer, 60_000 + longer)[0] for longer in (0, 3000))
-    assert len(kept) == size and 0.995 * (room - 3000) <= len(smaller) <= room - 3000
+    assert len(kept) == size and 0.997 * (room - 3000) <= len(smaller) <= room - 3000
 
 
 @pytest.mark.parametrize(("limit", "code_bytes"), [(20_000, 1000), (1000, 1000), (1000, 5000)])
@@ -497,7 +497,7 @@ def test_a_limit_that_nothing_meets_is_one_clear_error(given, limit, code_bytes)
 
 @pytest.mark.whole
 def test_a_pr606_sized_model_fits_by_the_rate_alone():
-    """33.6 M Gaussian weights end half a percent below the limit at most, close to their codes' entropy."""
+    """33.6 M Gaussian weights end 0.3 % below the limit at most, close to their codes' entropy."""
     hp = tg.Hyperparameters.from_env({"PRESET": "pr606", "DEVICE": "cpu", "QUANTIZER": "rtn"})
     shapes = {name: p.shape for name, p in described(hp).named_parameters()}
     g, zeros = torch.Generator().manual_seed(0), {n: torch.zeros(n, n) for n in (512, 1792)}
@@ -505,7 +505,7 @@ def test_a_pr606_sized_model_fits_by_the_rate_alone():
     hessians = {name: zeros[shape[1]] for name, shape in shapes.items() if name.endswith(PARTS)}
     model = Given(hp, weights, hessians)
     blob, report, sizes = model.fit(16_000_000 - 170_000, 170_000)
-    assert 0.995 * 16_000_000 < len(blob) + 170_000 <= 16_000_000
+    assert 0.997 * 16_000_000 < len(blob) + 170_000 <= 16_000_000
     assert len(sizes) <= 2 and 1 < report["multiplier"] < 3
     tensors = tg.unpack(blob)[1]
     codes = {
