@@ -24,6 +24,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -224,6 +225,8 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
          f"STEP_RULE={hp.step_rule} is not what QAT trains on; set LATE_QAT_THRESHOLD=0"),
+        (hp.step_rule == "water" and min(hp.attn_bits, hp.mlp_bits) < 8,
+         "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8"),
         (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
          "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
         (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
@@ -331,14 +334,15 @@ class Hyperparameters:
     soft_round_alpha: float = _train(16.0, "last sharpness of soft rounding, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "a row's step: by its largest weight, the best clip, GPTQ-lite",
-                               choices=("absmax", "clip", "lite"))
+    step_rule: str = _quantise("absmax", "steps by row: largest weight, best clip, GPTQ-lite, deviation; by "
+                               "column: water", choices=("absmax", "clip", "lite", "sigma", "water"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
     prune_pct: float = _quantise(0.02, "share of the smallest weights that become zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
     artifact_limit: int = _quantise(16_000_000, "bytes of code and model, at most", COUNT)
+    target_bits: float = _quantise(0.0, "bits of a matrix weight in the file (0: what fits)", "[0, 9]")
 
     eval_seq_len: int = _score(2048, "T while scoring", COUNT)
     eval_stride: int = _score(32, "tokens between sliding windows", COUNT)
@@ -1152,16 +1156,26 @@ class Validation:
 # hold their rounded values; the compiled model never knows: the compiler folds a flag inside the graph away,
 # which is how #606, #545 and #576 trained without the QAT that they logged (#315).
 
+def steps_of(scales: Tensor, columns: Tensor | None) -> Tensor:
+    """A step for every weight, (..., out, in), or (..., out, 1) where columns are alike."""
+    steps = scales.unsqueeze(-1)
+    return steps if columns is None else steps * torch.exp2(columns.float() / 8).unsqueeze(-2)
+
+
 @dataclass
 class QuantizedTensor:
-    """Codes int8 (..., out, in) within +-max_code, scales (..., out); codes of one role are alike."""
+    """Codes int8 (..., out, in) within +-max_code; codes of one role are alike.
+
+    A step is its row's, scales (..., out), times its column's, int8 (..., in) in eighths of an octave.
+    """
     codes: Tensor
     scales: Tensor
     max_code: int
     role: str = ""
+    columns: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        return self.codes.float() * self.scales.float().unsqueeze(-1)
+        return self.codes.float() * steps_of(self.scales.float(), self.columns)
 
 
 Tensors = Mapping[str, QuantizedTensor | Tensor]
@@ -1183,10 +1197,11 @@ def storable(scales: Tensor) -> Tensor:
     return scales.half().float().clamp_min(SCALE_FLOOR)
 
 
-def round_to_grid(weight: Tensor, scales: Tensor, max_code: int) -> QuantizedTensor:
-    """Round to the nearest code; weight (..., out, in), scales (..., out)."""
-    codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
-    return QuantizedTensor(codes.to(torch.int8), scales, max_code)
+def round_to_grid(weight: Tensor, scales: Tensor, max_code: int,
+                  columns: Tensor | None = None) -> QuantizedTensor:
+    """Round to the nearest code; weight (..., out, in), scales (..., out), columns (..., in)."""
+    codes = torch.round(weight / steps_of(scales, columns)).clamp_(-max_code, max_code)
+    return QuantizedTensor(codes.to(torch.int8), scales, max_code, columns=columns)
 
 
 def soft_round(y: Tensor, alpha: float | Tensor) -> Tensor:
@@ -2004,8 +2019,8 @@ class SWA(EMA):
 
 # ------------------------------------------------------------------------------------------
 # 10 Quantiser
-# A step rule gives every row its step, a rounder its codes. Both see training data, so they run inside the
-# training clock (#606 was closed because it did not).
+# A step rule gives every row and column its step, a rounder its codes. Both see training data, so they run
+# inside the training clock (#606 was closed because it did not).
 
 @torch.no_grad()
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
@@ -2071,20 +2086,19 @@ def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: I
     return best
 
 
-def search_scales(weight: Tensor, U: Tensor, max_code: int) -> Tensor:
-    """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in) in U's order."""
-    full, importance = row_scales(weight, max_code), U.diagonal(dim1=-2, dim2=-1) ** -2
-    shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
-    return best_scales(weight, max_code, importance, (full * share for share in shares))
+def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
+    """U's diagonal by column, (k, in): 1 over the deviation that an input has, given those rounded later."""
+    order, U, _ = act_order(hessian, damp)
+    return U.diagonal(dim1=-2, dim2=-1).take_along_dim(order.argsort(), -1)
 
 
-def clip_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
-    """search_scales times the multiplier."""
-    order, U, _ = act_order(hessian, damp=0.01)
-    return search_scales(weight.take_along_dim(order.unsqueeze(1), 2), U, max_code) * multiplier
+def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
+    """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
+    full, shares = row_scales(weight, max_code), (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
+    return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
 
 
-def lite_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tensor) -> Tensor:
+def lite_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
     """GPTQ-lite: each row's best of five clip percentiles by squared error."""
     magnitude, most = weight.abs().sort(dim=-1).values, weight.size(-1) - 1
     clips = (magnitude[..., round(share * most)] for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0))
@@ -2092,28 +2106,53 @@ def lite_scales(weight: Tensor, max_code: int, multiplier: float, hessian: Tenso
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
 
 
+def sigma_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
+    """SDClip: the largest code is 12.85 deviations of its row, #1855's k, before the rate's factor."""
+    return (weight.std(-1) * (12.85 * multiplier / max_code)).clamp_min(SCALE_FLOOR)
+
+
+def water_steps(weight: Tensor, max_code: int, multiplier: float, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """One step per matrix, times the diagonal by column: each weight then costs the loss the same.
+
+    Reverse water-filling after GPTQ, as in WaterSIC (arXiv:2603.04956). The columns that are rounded first
+    have so small a diagonal that their codes would leave the grid, which costs more than all else gains:
+    no step is below a 1.6th of what holds the column's largest weight, as errors are yet to arrive in it.
+    """
+    scale = sigma_scales(weight.flatten(1), max_code, multiplier).unsqueeze(-1)
+    octaves = diagonal.log2() - diagonal.log2().mean(-1, keepdim=True)
+    least = (weight.abs().amax(-2) * (1.6 / max_code) / scale).log2()
+    return scale.expand(weight.shape[:-1]), (8 * torch.maximum(octaves, least)).round().clamp_(-127, 127)
+
+
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
-         scales: Tensor | None = None) -> QuantizedTensor:
+         scales: Tensor | None = None, columns: Tensor | None = None) -> QuantizedTensor:
     """Round a weight column by column, moving each column's error onto the columns not yet rounded.
 
-    weight (out, in), hessian (in, in), mean of x xT, scales (out,), None: searched; all may be batched.
+    weight (out, in), hessian (in, in), mean of x xT, scales (out,), None: searched, columns (in,) as in
+    QuantizedTensor; all may be batched.
     Frantar et al. 2023, algorithm 1, arXiv:2210.17323, the largest diagonal first.
     """
     if weight.ndim == 2:
-        one = gptq(weight[None], hessian[None], max_code, damp, None if scales is None else scales[None])
-        return QuantizedTensor(one.codes[0], one.scales[0], max_code)
-    (k, out, n), given = weight.shape, (weight, hessian, *[scales] * (scales is not None))
-    shapes, needed = [tuple(each.shape) for each in given], [(k, out, n), (k, n, n), (k, out)]
-    if shapes != needed[:len(given)] or not all(torch.isfinite(each).all() for each in given):
-        raise ValueError(f"weight, hessian, scales must be finite and of shapes {needed}, got {shapes}")
+        steps = [each if each is None else each[None] for each in (scales, columns)]
+        one = gptq(weight[None], hessian[None], max_code, damp, *steps)
+        return QuantizedTensor(one.codes[0], one.scales[0], max_code, columns=columns)
+    k, out, n = weight.shape
+    needed = {"weight": (weight, (k, out, n)), "hessian": (hessian, (k, n, n)),
+              "scales": (scales, (k, out)), "columns": (columns, (k, n))}
+    for what, (each, shape) in needed.items():
+        if each is not None and (each.shape != shape or not torch.isfinite(each).all()):
+            raise ValueError(f"{what} must be finite and of shape {shape}, got {tuple(each.shape)}")
     weight, hessian = weight.float(), hessian.float()
     order, U, dead = act_order(hessian, damp)
     # transposed, so that a column of the weight is contiguous; what never fires does not matter
     W = weight.mT.take_along_dim(order.unsqueeze(-1), 1).masked_fill_(dead.unsqueeze(-1), 0.0)
     if scales is None:
-        scales = search_scales(W.mT, U, max_code)
+        scales = search_scales(W.mT, U.diagonal(dim1=-2, dim2=-1), max_code)
     scales = storable(scales)
+    if columns is not None:  # in units of its step a column is rounded as any other
+        units = torch.exp2(columns.float() / 8).take_along_dim(order, -1)
+        W, U = W / units.unsqueeze(-1), U / units.unsqueeze(-2)
     Q, E = torch.empty_like(W), torch.empty_like(W)
 
     def solve(low, high) -> None:
@@ -2131,18 +2170,35 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
 
     solve(0, n)
     codes = Q.take_along_dim(order.argsort().unsqueeze(-1), 1).mT.to(torch.int8).contiguous()
-    return QuantizedTensor(codes, scales, max_code)
+    return QuantizedTensor(codes, scales, max_code, columns=columns)
 
 
-STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, hessians (k, in, in)) -> steps (k, out)
-    "absmax": lambda weight, max_code, multiplier, _: row_scales(weight, max_code, multiplier),
-    "clip": clip_scales,
-    "lite": lite_scales,
+def by_row(scales: Callable) -> Callable:
+    """A step rule with all columns alike."""
+    return lambda weight, *grid, diagonal: (
+        scales(weight, *grid, diagonal=diagonal), torch.zeros_like(weight[:, 0]))
+
+
+STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> diagonal (k, in)) -> scales, columns
+    "absmax": by_row(lambda *grid, diagonal: row_scales(*grid)),
+    "clip": by_row(lambda weight, max_code, multiplier, diagonal:
+                   multiplier * search_scales(weight, diagonal(), max_code)),
+    "lite": by_row(lambda *grid, diagonal: lite_scales(*grid)),
+    "sigma": by_row(lambda *grid, diagonal: sigma_scales(*grid)),
+    "water": lambda *grid, diagonal: water_steps(*grid, diagonal()),
 }
-QUANTIZERS = {  # (weights, hessians, max_code, steps) -> codes
-    "gptq": lambda weight, hessian, max_code, scales: gptq(weight, hessian, max_code, scales=scales),
-    "rtn": lambda weight, hessian, max_code, scales: round_to_grid(weight, scales, max_code),
+QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
+    "gptq": lambda weight, hessian, max_code, *steps: gptq(weight, hessian, max_code, 0.01, *steps),
+    "rtn": lambda weight, hessian, max_code, scales, columns:
+        round_to_grid(weight, scales, max_code, columns),
 }
+
+
+def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
+            diagonal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
+    scales, columns = STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal)
+    return storable(scales), columns.to(torch.int8)
 
 
 def weighted_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -2179,6 +2235,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
         names = list(group)
         own = world.shard(len(names))
         codes = torch.zeros(len(names), *shape, dtype=torch.int8, device=world.device)
+        columns = torch.zeros_like(codes[:, 0])
         scales = torch.zeros(len(names), shape[0], device=world.device)
         errors = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
         if own:
@@ -2186,15 +2243,16 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[names[i]] for i in own])
             plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
-            steps = storable(STEP_RULES[hp.step_rule](W, max_code, multiplier, H))
-            q = QUANTIZERS[hp.quantizer](W, H, max_code, steps)
-            codes[own], scales[own] = q.codes, q.scales
+            grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H))
+            q = QUANTIZERS[hp.quantizer](W, H, max_code, *grid)
+            codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
                 errors[own, column] = weighted_error(latent, each.dequantize(), H).double()
-        for part in (codes, scales, errors):
+        for part in (codes, scales, columns, errors):
             world.sum_(part)
         for i, name in enumerate(names):
-            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name])
+            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name],
+                                         columns[i].cpu())
             before, after = report["matrices"][name] = errors[i].tolist()
             floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
             report.setdefault(roles[name], collections.Counter()).update(
@@ -2204,14 +2262,15 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
 
 # ------------------------------------------------------------------------------------------
 # 11 Coder
-# One file: a prefix, a JSON header, zstd frames of codes and of raw tensors, the SHA-256 of all; nothing in
-# it is executed. Columns whose codes are alike in size share a frame, and so a Huffman table: 1.2 % less.
+# One file: a prefix, a JSON header, a rANS frame for the codes of each role, zstd frames of the rest, the
+# SHA-256 of all; nothing in it is executed. Columns whose codes are alike in size share their frequencies.
 # absmax steps cost over four bits a weight where the limit leaves about 3.5, so all steps grow by one factor
 # until the file fits.
 
-MAGIC, FORMAT_VERSION = b"PGOLFGPT", 2
+MAGIC, FORMAT_VERSION = b"PGOLFGPT", 3
 LEVEL = 22  # of zstd, for what is not codes
-MARGIN = 0.9985  # share of the room that a forecast may fill
+SHARES, LANES, CLASSES = 1 << 14, 1 << 12, 20  # of rANS: sum of a class's frequencies; most states, classes
+SPARE = 0.003  # of what is left for the matrices may stay empty; a forecast aims at half of it
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
 MOST_DENSE = 1000  # weights per byte of a file; a model of zeros alone has fewer
@@ -2219,11 +2278,9 @@ DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
 
-def zstd_frame(data: bytes, literals: bool, level: int = LEVEL) -> bytes:
-    """One frame; as literals Gaussian codes take 1.006 times their entropy, with matches 1.08."""
-    fast = dict(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0, hash_log=6, window_log=17)
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        1 if literals else level, source_size=len(data), **(fast if literals else {}))
+def zstd_frame(data: bytes, level: int = LEVEL) -> bytes:
+    """One frame."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data))
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
@@ -2251,12 +2308,12 @@ def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Ten
     return flat.reshape(shape)
 
 
-def of_literals(section: str) -> bool:
+def by_rans(section: str) -> bool:
     """Codes of matrices are Gaussian; in the rest there are matches to find."""
-    return not section.startswith(("raw", "embed", "classes"))
+    return section.startswith(("attn.", "mlp."))
 
 
-def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, dict[int, bytes]]:
+def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[Tensor]]:
     """Of codes (..., in) the class of each column (in,), and by class the offset codes, column after column.
 
     A class is an octave of the mean square, in integers, so that all machines write the same bytes.
@@ -2264,13 +2321,81 @@ def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, dict[int, bytes]]:
     columns = codes.reshape(math.prod(codes.shape[:-1]), codes.shape[-1]).T.contiguous()
     power = 16 * columns.long().square().sum(1) // max(columns.size(1), 1)
     classes = torch.frexp(power.double()).exponent.to(torch.uint8)
-    offset = columns + max_code  # wraps into 0..254
-    return classes, {each: tensor_bytes(offset[classes == each]) for each in classes.unique().tolist()}
+    offset = (columns + max_code).view(torch.uint8)  # wraps into 0..254
+    return classes, [offset[classes == each].flatten() for each in range(CLASSES)]
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts (CLASSES, 256) as shares of SHARES, at least one for what occurs; in integers alone."""
+    occurs, total = counts > 0, counts.sum(1, keepdims=True)
+    shares = occurs + counts * (SHARES - occurs.sum(1, keepdims=True)) // np.maximum(total, 1)
+    shares[np.arange(CLASSES), counts.argmax(1)] += (SHARES - shares.sum(1)) * (total[:, 0] > 0)
+    return shares
+
+
+def rans_head(shares: np.ndarray, sizes: np.ndarray, states: np.ndarray) -> bytes:
+    """What a rANS frame opens with: frequencies, symbols by class, last states; the bytes of a word apart."""
+    plain = np.concatenate([shares.ravel(), sizes, states]).astype("<u4")
+    planes = zstd_frame(np.ascontiguousarray(plain.view(np.uint8).reshape(-1, 4).T).tobytes())
+    return struct.pack("<II", len(planes), plain.nbytes) + planes
+
+
+def rans_frame(parts: list[np.ndarray]) -> bytes:
+    """Symbols uint8 by class, at the cost that their class's frequencies give them: static rANS.
+
+    States of 32 bits in interleaved lanes, 16 bits at a time (Duda 2013, arXiv:1311.2540; Giesen 2014,
+    arXiv:1402.3392). Integers alone, so that all machines write the same bytes.
+    """
+    counts = np.stack([np.bincount(part, minlength=256) for part in parts])
+    shares, sizes = frequencies(counts), counts.sum(1)
+    keys = np.repeat(np.arange(CLASSES, dtype=np.uint16) << 8, sizes) | np.concatenate(parts)
+    share, start = (each.astype(np.uint32).ravel() for each in (shares, shares.cumsum(1) - shares))
+    states, words = np.full(min(max(len(keys) >> 12, 1), LANES), 1 << 16, np.uint32), []
+    for at in reversed(range(0, len(keys), len(states))):  # what is written last is read first
+        here = keys[at: at + len(states)]
+        x, f = states[:len(here)], share[here]
+        full = x >> 18 >= f
+        words.append(x[full].astype("<u2").tobytes())
+        x = np.where(full, x >> 16, x)
+        whole = x // f
+        states[:len(here)] = (whole << 14) + x - whole * f + start[here]
+    return rans_head(shares, sizes, states) + b"".join(reversed(words))
+
+
+def rans_content(frame: bytes, size: int) -> list[io.BytesIO]:
+    """The symbols of a rANS frame by class, `size` in all."""
+    packed, plain = struct.unpack_from("<II", frame)
+    require(plain <= MOST_HEADER_BYTES, "impossible frequencies")
+    planes = np.frombuffer(zstd_content(frame[8: 8 + packed], plain), np.uint8).reshape(4, -1)
+    head = np.ascontiguousarray(planes.T).view("<u4").ravel()
+    shares, sizes, states = np.split(head, [CLASSES << 8, CLASSES * 257])
+    held = shares.reshape(CLASSES, 256).sum(1, dtype=np.uint64)
+    require(sizes.sum(dtype=np.uint64) == size and 0 < len(states) <= LANES
+            and (held == SHARES * (sizes > 0)).all(), "impossible frequencies")
+    # by class and slot: the symbol, its share, and how far the slot lies into it
+    spread = lambda of, dtype: np.repeat(of.astype(dtype), shares)
+    symbol, share = spread(np.arange(len(shares)), np.uint8), spread(shares, np.uint32)
+    into = np.arange(len(share), dtype=np.uint32) - spread(shares.cumsum() - shares, np.uint32)
+    begins = held.cumsum().astype(np.uint32) - SHARES
+    classes = np.repeat(np.arange(CLASSES, dtype=np.uint8), sizes)
+    words, read = np.frombuffer(frame[8 + packed:], "<u2"), 0
+    found = np.empty(size, np.uint8)
+    for at in range(0, size, len(states)):
+        own = begins[classes[at: at + len(states)]]
+        x = states[:len(own)]
+        slot = own + (x & (SHARES - 1))
+        found[at: at + len(own)] = symbol[slot]
+        x = share[slot] * (x >> 14) + into[slot]
+        low = np.flatnonzero(x < 1 << 16)
+        x[low] = (x[low] << 16) | words[read: read + len(low)]
+        states[:len(own)], read = x, read + len(low)
+    require(read == len(words) and (states == 1 << 16).all(), "its codes do not end where they should")
+    return [io.BytesIO(part) for part in np.split(found, sizes.cumsum()[:-1])]
 
 
 def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
     """A JSON dict and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
-    sections, entries = collections.defaultdict(list), []
+    sections, coded, entries = collections.defaultdict(list), collections.defaultdict(list), []
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, QuantizedTensor):
             data, scales, max_code = tensor.codes.cpu(), tensor.scales.cpu().half(), tensor.max_code
@@ -2278,13 +2403,16 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
                 raise ValueError(f"{name}: needs codes within +-max_code, and that within 1..127")
             if scales.shape != data.shape[:-1] or not torch.isfinite(scales).all():
                 raise ValueError(f"{name}: needs a scale per row, finite in fp16")
+            columns = data.new_zeros(data.shape[-1:]) if tensor.columns is None else tensor.columns.cpu()
+            if columns.shape != data.shape[-1:] or columns.dtype != torch.int8:
+                raise ValueError(f"{name}: needs an int8 per column")
             sections["scales"].append(tensor_bytes(scales))
+            sections["columns"].append(tensor_bytes(columns))
             kind, section = "codes", f"{tensor.role}.{max_code}"
-            if of_literals(section):
+            if by_rans(section):
                 classes, parts = by_class(data, max_code)
                 sections["classes"].append(tensor_bytes(classes))
-                for each, part in parts.items():
-                    sections[f"{section}.{each}"].append(part)
+                coded[section].append(parts)
             else:
                 sections[section].append(tensor_bytes(data + max_code))
         else:
@@ -2295,21 +2423,19 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
             sections[section].append(tensor_bytes(data))
         entries.append([name, kind, list(data.shape), section, max_code])
     plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
-    if sum(map(len, plain.values())) > MOST_BYTES:
+    joined = {key: [torch.cat(parts).numpy() for parts in zip(*tensors)] for key, tensors in coded.items()}
+    sizes = {key: len(data) for key, data in plain.items()}
+    sizes |= {key: sum(map(len, parts)) for key, parts in joined.items()}
+    if sum(sizes.values()) > MOST_BYTES:
         raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
-    packed = {key: zstd_frame(data, of_literals(key), level) for key, data in plain.items()}
+    packed = {key: zstd_frame(data, level) for key, data in plain.items()}
+    packed |= {key: rans_frame(parts) for key, parts in joined.items()}
     header = json.dumps({"config": config, "tensors": entries,
-                         "sections": [[key, len(packed[key]), len(plain[key])] for key in plain]},
+                         "sections": [[key, len(frame), sizes[key]] for key, frame in packed.items()]},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
-    small = zstd_frame(header, literals=False)
+    small = zstd_frame(header)
     body = b"".join([PREFIX.pack(MAGIC, FORMAT_VERSION, len(small), len(header)), small, *packed.values()])
     return body + hashlib.sha256(body).digest()
-
-
-def owner(section: str) -> str:
-    """A class's section is a part of its role's."""
-    role, _, class_ = section.rpartition(".")
-    return role if role.rpartition(".")[2].isdigit() and class_.isdigit() else section
 
 
 def read_header(blob: bytes) -> tuple[dict, int]:
@@ -2317,25 +2443,24 @@ def read_header(blob: bytes) -> tuple[dict, int]:
     if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
         raise UserError("not an artifact of this script, or a truncated one")
     _, version, small, size = PREFIX.unpack_from(blob)
-    if version not in (1, FORMAT_VERSION):  # 1 has no classes
-        raise UserError(f"artifact format {version}; this script reads formats up to {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}, so score the "
+                        "file with the script that made it")
     require(sha256(blob[:-32]) == blob[-32:].hex(), "its checksum does not match its content")
     require(size <= MOST_HEADER_BYTES, "impossible header size")
     end, claimed = PREFIX.size + small, collections.Counter()
     with reading("damaged artifact: its header", "make it again"):
         header = parse_json(zstd_content(blob[PREFIX.size: end], size))
         sections, names = header["sections"], {name for name, *_ in header["tensors"]}
-        held = collections.Counter()
-        for key, _, size in sections:
-            held[owner(key)] += size
+        held = collections.Counter({key: size for key, _, size in sections})
         for name, kind, shape, section, max_code in header["tensors"]:
             counts = max_code, *shape
             require(isinstance(name, str) and len(shape) <= MOST_DIMS, "impossible name or shape")
             require(all(type(n) is int and 0 <= n <= MOST_BYTES for n in counts), "impossible shape")
             claimed[section] += math.prod(shape) * DTYPES[kind].itemsize
             claimed["scales"] += 2 * math.prod(shape[:-1]) * (kind == "codes")
-            classed = version > 1 and kind == "codes" and of_literals(section)
-            claimed["classes"] += math.prod(shape[-1:]) * classed
+            claimed["columns"] += math.prod(shape[-1:]) * (kind == "codes")
+            claimed["classes"] += math.prod(shape[-1:]) * (kind == "codes" and by_rans(section))
         require(type(header["config"]) is dict and len(names) == len(header["tensors"]), "impossible names")
         require(+claimed == +held and all(size >= 0 for *_, size in sections)
                 and claimed.total() <= MOST_BYTES and len({key for key, *_ in sections}) == len(sections)
@@ -2349,16 +2474,17 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
     header, end = read_header(blob)
     frames, tensors = io.BytesIO(blob[end:-32]), {}
     with reading("damaged artifact: its content", "make it again"):
-        plain = {key: io.BytesIO(zstd_content(frames.read(packed), size))
+        plain = {key: rans_content(frames.read(packed), size) if by_rans(key)
+                 else io.BytesIO(zstd_content(frames.read(packed), size))
                  for key, packed, size in header["sections"]}
         for name, kind, shape, section, max_code in header["tensors"]:
-            if kind == "codes" and section not in plain:
+            if kind == "codes" and by_rans(section):
                 classes, rows = read_tensor(plain["classes"], torch.uint8, shape[-1:]), math.prod(shape[:-1])
-                columns = torch.empty(shape[-1], rows, dtype=torch.uint8)
+                transposed = torch.empty(shape[-1], rows, dtype=torch.uint8)
                 for each in classes.unique().tolist():
-                    own, part = classes == each, plain[f"{section}.{each}"]
-                    columns[own] = read_tensor(part, torch.uint8, [int(own.sum()), rows])
-                data = columns.T.reshape(shape)
+                    own, part = classes == each, plain[section][each]
+                    transposed[own] = read_tensor(part, torch.uint8, [int(own.sum()), rows])
+                data = transposed.T.reshape(shape)
             else:
                 data = read_tensor(plain[section], DTYPES[kind], shape)
             tensors[name] = data
@@ -2366,8 +2492,9 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
                 require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
                 scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
                 require(torch.isfinite(scales).all(), "a scale is not finite")
+                columns = read_tensor(plain["columns"], torch.int8, shape[-1:])
                 codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
-                tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role)
+                tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role, columns)
     return header["config"], tensors
 
 
@@ -2375,10 +2502,7 @@ def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
     """Packed and plain bytes of each section of a file."""
     header, end = read_header(blob)
     report = {"header": {"bytes": end + 32}}
-    for key, packed, plain in header["sections"]:
-        section = report.setdefault(owner(key), collections.Counter())
-        section.update(bytes=packed, plain_bytes=plain)
-    return report
+    return report | {key: {"bytes": size, "plain_bytes": plain} for key, size, plain in header["sections"]}
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
@@ -2387,40 +2511,48 @@ def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
 
 
 class Rate:
-    """Forecasts the packed bytes by the coder's length of a sample of codes."""
-    def __init__(self, model: GPT, weights: Mapping[str, Tensor], sample: int = 1 << 16):
-        roles, counts, units = model.roles(), collections.Counter(), collections.defaultdict(list)
-        empty = dict(quantize_rest(model, weights))
-        for name, max_code in model.max_codes("matrix").items():
-            weight, steps = weights[name], storable(row_scales(weights[name], max_code))
-            counts[roles[name], max_code] += weight.numel()
-            units[roles[name], max_code].append(
-                (weight[:, :: max(weight.numel() // sample, 1)] / steps.unsqueeze(-1)).cpu())
-            zeros = torch.zeros(weight.shape, dtype=torch.int8)
-            empty[name] = QuantizedTensor(zeros, steps, max_code, roles[name])
-        self.fixed = len(pack(artifact_config(model.hp, {}), empty, level=13))  # all but the codes; quickly
-        self.samples = [(key[1], count, units[key]) for key, count in counts.items()]
+    """Forecasts the packed bytes by what the coder would give a sample of rows, rounded plainly."""
+    def __init__(self, model: GPT, weights: Mapping[str, Tensor], room: int,
+                 hessians: Mapping[str, Tensor] = {}, sample: int = 1 << 16):
+        hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
+        empty, self.samples = dict(quantize_rest(model, weights)), collections.defaultdict(list)
+        size = lambda: len(pack(artifact_config(hp, {}), empty, LEVEL if hp.target_bits else 13))  # quickly
+        self.counted, self.rule = sum(weights[name].numel() for name in matrices), hp.step_rule
+        rest = size()
+        self.room = min(room, rest + int(hp.target_bits * self.counted / 8) if hp.target_bits else room)
+        self.spare = max(self.room - rest, 0) * SPARE
+        for name, max_code in matrices.items():
+            weight, hessian = weights[name][None].float(), hessians.get(name)
+            diagonal = functools.cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
+            rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
+            self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
+            scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
+            codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
+            empty[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
+        self.fixed = size()  # all but the codes and what they need
 
     def bytes(self, multiplier: float) -> float:
-        total = self.fixed
-        for max_code, count, units in self.samples:
-            classes = collections.defaultdict(list)
-            for part in units:
-                codes = torch.round(part / multiplier).clamp_(-max_code, max_code).to(torch.int8)
-                for each, data in by_class(codes, max_code)[1].items():
-                    classes[each].append(data)
-            frames = sum(len(zstd_frame(b"".join(parts), literals=True)) for parts in classes.values())
-            total += count / sum(part.numel() for part in units) * frames
-        return total
+        total, classes = self.fixed, []
+        for (_, max_code), samples in self.samples.items():
+            counts = np.zeros((CLASSES, 256))
+            for rows, times, diagonal in samples:
+                scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal)
+                found, parts = by_class(round_to_grid(rows, scales, max_code, columns).codes, max_code)
+                counts += times * np.stack([np.bincount(part, minlength=256) for part in parts])
+                classes.append(tensor_bytes(found))
+            shares = frequencies(counts.astype(np.int64))
+            total += (counts * (14 - np.log2(shares.clip(1)))).sum() / 8
+            total += len(rans_head(shares, counts.sum(1), np.zeros(0)))
+        return total + len(zstd_frame(b"".join(classes)))
 
-    def multiplier(self, limit: float) -> float:
-        """The smallest multiplier, from 1, forecast to fit into `limit` bytes."""
-        low, high = 1.0, 1.0
+    def multiplier(self) -> float:
+        """The smallest multiplier, from 1, forecast to fit."""
+        low, high, limit = 1.0, 1.0, self.room - self.spare / 2
         while self.bytes(high) > limit:
             low, high = high, 2 * high
             if high > 1e4:  # every code is zero by now
-                raise UserError(f"no step brings the model under the {limit:.0f}B that ARTIFACT_LIMIT and "
-                                f"the code leave; lower VOCAB_SIZE or MODEL_DIM")
+                raise UserError(f"no step brings the model under the {limit:.0f}B that ARTIFACT_LIMIT, "
+                                f"TARGET_BITS and the code leave; lower VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
             middle = (low + high) / 2
             low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
@@ -2430,9 +2562,9 @@ class Rate:
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                  facts: dict, passes: int = 6) -> tuple[bytes, dict]:
     """The file that fills what the code leaves, after some passes, and the quantiser's report."""
-    room, rate, best = run.room, Rate(model, weights), b""
-    target, low, high = room * MARGIN, 0.0, math.inf  # multipliers that were too small, and large enough
-    multiplier, weights_coded = rate.multiplier(target), sum(count for _, count, _ in rate.samples)
+    rate, best = Rate(model, weights, run.room, hessians), b""
+    multiplier, room = rate.multiplier(), rate.room
+    target, low, high = room - rate.spare / 2, 0.0, math.inf  # multipliers too small, and large enough
     for _ in range(passes):
         tensors, errors = quantize_model(model, weights, hessians, run.world, multiplier)
         blob = pack(artifact_config(run.hp, facts), tensors)
@@ -2440,10 +2572,10 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
                 f"room:{room}B")
         if len(best) < len(blob) <= room:
             best, report = blob, errors | {"multiplier": multiplier}
-        if best and (multiplier == 1.0 or len(best) > 0.997 * room):
+        if best and (multiplier == 1.0 or len(best) > room - rate.spare):
             break
         low, high = (low, multiplier) if len(blob) <= room else (multiplier, high)
-        multiplier *= 2 ** (8 * (len(blob) - target) / weights_coded)  # twice the step: a bit less a weight
+        multiplier *= 2 ** (8 * (len(blob) - target) / rate.counted)  # twice the step: a bit less a weight
         multiplier = max(multiplier, 1.0) if low < multiplier < high else math.sqrt(max(low, 1.0) * high)
     if not best:
         raise UserError(f"no file fits the {room}B that ARTIFACT_LIMIT and the code leave; model.pt is kept, "
@@ -2669,7 +2801,7 @@ def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
     with run.training.phase("rehearsal", counted=False):
         hessians = collect_hessians(model, sample, world)  # fills caches
         calibration = world.seconds(lambda: collect_hessians(model, sample, world))
-        solving = world.seconds(lambda: Rate(model, weights).multiplier(run.room * MARGIN))
+        solving = world.seconds(lambda: Rate(model, weights, run.room, hessians).multiplier())
         solving += world.seconds(lambda: pack({}, quantize_model(model, weights, hessians, world)[0]))
     reserve = world.max(calibration * hp.gptq_calib_sequences / share + 2 * solving) * 1.15 + 0.5
     run.log(f"reserve seconds:{reserve:.1f} for calibration, quantisation and packing, measured")
@@ -2698,8 +2830,8 @@ def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -
     """Settle the grid that the file will need."""
     flat, qat, multiplier, size = stepper.flat, stepper.qat, 1.0, math.nan
     if torch.isfinite(flat.weights).all():  # else the next loss ends the run
-        rate = Rate(model, flat.state_dict())
-        multiplier = run.world.max(rate.multiplier(run.room * MARGIN))
+        rate = Rate(model, flat.state_dict(), run.room)
+        multiplier = run.world.max(rate.multiplier())
         size = rate.bytes(multiplier)
     qat.begin(step, multiplier)
     run.log(f"qat:on step:{step + 1} lr_scale:{scale:.4f} soft:{int(run.hp.soft_round_qat)} "

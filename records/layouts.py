@@ -3,9 +3,9 @@
     python records/layouts.py logs/RUN
     python records/layouts.py --gaussian
 
-Each row differs from the first in one thing. Bytes are those of the zstd frames of the codes, of the block
-matrices and of the embedding tables, with their ratio to the order-0 entropy of each role and width. Bold is
-what train_gpt.py does: those very frames stand in the file that it writes.
+Each row differs from the first in one thing, the last ones in the coder. Bytes are those of the frames of
+the codes, of the block matrices and of the embedding tables, with their ratio to the order-0 entropy of each
+role and width. Bold is what train_gpt.py does: those very frames stand in the file that it writes.
 """
 
 from __future__ import annotations
@@ -76,28 +76,31 @@ class Layout:
     columns_first: bool = False
     frame: Callable[[str, object], str] = by_role_and_width
     classes: bool = False
+    rans: bool = False
     compress: Callable[[bytes], bytes] = field(default_factory=literals)
 
     def frames(self, tensors: Mapping) -> list[bytes]:
         """The compressed frames of all codes."""
-        plain: dict[str, list[bytes]] = {}
+        plain: dict[str, list[list[np.ndarray]]] = {}
         for name, tensor in sorted(tensors.items()):
-            if self.classes:
-                for each, data in script().by_class(tensor.codes, tensor.max_code)[1].items():
-                    plain.setdefault(f"{self.frame(name, tensor)}.{each}", []).append(data)
-                continue
             codes = tensor.codes.numpy()
             ordered = np.ascontiguousarray(codes.swapaxes(-2, -1) if self.columns_first else codes)
-            values = self.values(ordered, tensor.max_code)
-            plain.setdefault(self.frame(name, tensor), []).append(values.tobytes())
-        return [self.compress(b"".join(parts)) for _, parts in sorted(plain.items())]
+            parts = [self.values(ordered, tensor.max_code).ravel()]
+            if self.classes:
+                parts = [part.numpy() for part in script().by_class(tensor.codes, tensor.max_code)[1]]
+            plain.setdefault(self.frame(name, tensor), []).append(parts)
+        joined = [[np.concatenate(parts) for parts in zip(*each)] for _, each in sorted(plain.items())]
+        if self.rans:
+            empty = [np.zeros(0, np.uint8)]
+            return [script().rans_frame(parts + empty * (script().CLASSES - len(parts))) for parts in joined]
+        return [self.compress(part.tobytes()) for parts in joined for part in parts if len(part)]
 
 
 def layouts() -> Iterator[Layout]:
-    """A plain way, then the script's for matrices, then every other."""
+    """A plain way, then every other, then rANS, the last of which is the script's for matrices."""
     base = Layout("rows first, offset codes, a frame per role and width, literals only")
     yield base
-    yield replace(base, name="columns first, a frame per role, width and class of columns", classes=True)
+    yield replace(base, name="a frame per role, width and class of columns", classes=True)
     yield replace(base, name="columns first", columns_first=True)
     yield replace(base, name="zigzag codes", values=zigzag)
     yield replace(base, name="two's complement codes", values=signed)
@@ -106,7 +109,7 @@ def layouts() -> Iterator[Layout]:
     yield replace(base, name="a frame per width", frame=lambda name, tensor: str(tensor.max_code))
     yield replace(base, name="a frame per tensor", frame=lambda name, tensor: name)
     for level in (1, 3, 9, 15, 19, 22):
-        plain = partial(script().zstd_frame, literals=False, level=level)
+        plain = partial(script().zstd_frame, level=level)
         yield replace(base, name=f"level {level}", compress=plain)
     for min_match in (3, 4, 5, 6):
         yield replace(base, name=f"literals, min_match {min_match}", compress=literals(min_match=min_match))
@@ -117,6 +120,8 @@ def layouts() -> Iterator[Layout]:
     for name in ("DFAST", "GREEDY", "LAZY2", "BTOPT", "BTULTRA2"):
         strategy = getattr(zstandard, f"STRATEGY_{name}")
         yield replace(base, name=f"literals, strategy {name.lower()}", compress=literals(strategy))
+    yield replace(base, name="rANS", rans=True)
+    yield replace(base, name="rANS, frequencies by class of columns", rans=True, classes=True)
 
 
 def gaussian_codes() -> dict:

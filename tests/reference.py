@@ -318,11 +318,15 @@ def reference_round(weight, scales, max_code):
     return np.clip(np.round(weight / scales[:, None]), -max_code, max_code)
 
 
-def reference_gptq(weight, hessian, scales, max_code, damp=0.01, descending=True):
-    """Codes (out, in): Frantar et al. 2023, algorithm 1, one column at a time, one scale per row."""
+def reference_gptq(weight, hessian, scales, max_code, damp=0.01, descending=True, columns=0.0):
+    """Codes (out, in): Frantar et al. 2023, algorithm 1, one column at a time.
+
+    A step is its row's scale times its column's 2 ** (columns / 8).
+    """
     work = torch.as_tensor(weight).double().numpy().copy()
     curvature = torch.as_tensor(hessian).double().numpy().copy()
     scales = np.asarray(scales, dtype=np.float64)
+    units = 2 ** (np.broadcast_to(columns, work.shape[1]).astype(np.float64) / 8)
     diagonal = np.diag(curvature).copy()
     order = np.argsort(-diagonal if descending else diagonal, kind="stable")
     dead = diagonal == 0  # inputs that were always zero: their weights do not matter
@@ -334,8 +338,9 @@ def reference_gptq(weight, hessian, scales, max_code, damp=0.01, descending=True
     work = work[:, order]
     codes = np.zeros_like(work)
     for j in range(work.shape[1]):
-        codes[:, j] = np.clip(np.round(work[:, j] / scales), -max_code, max_code)
-        error = (work[:, j] - codes[:, j] * scales) / upper[j, j]
+        steps = scales * units[order[j]]
+        codes[:, j] = np.clip(np.round(work[:, j] / steps), -max_code, max_code)
+        error = (work[:, j] - codes[:, j] * steps) / upper[j, j]
         for k in range(j + 1, work.shape[1]):
             work[:, k] -= error * upper[j, k]
     result = np.zeros_like(codes)

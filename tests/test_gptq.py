@@ -1,5 +1,7 @@
 """The GPTQ solver against a float64 loop over columns, and on inputs that are not nice."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,57 @@ def test_equals_the_reference_on_the_same_scales(shape, max_code):
     assert agreement(quantised, codes) > 0.99
     if max_code == 15:
         assert agreement(quantised, reference_gptq(weight, hessian, scales, max_code, descending=False)) < 0.9
+
+
+@pytest.mark.parametrize("rule", tg.STEP_RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference_on_the_steps_of_every_rule(rule, shape):
+    weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
+    multiplier = {"sigma": 2.0, "water": 2.0}.get(rule, 0.6)  # about as coarse as absmax at int4
+    diagonal = functools.partial(tg.factor_diagonal, hessian[None])
+    scales, columns = (each[0] for each in tg.grid_of(rule, weight[None], 15, multiplier, diagonal))
+    max_code = 127  # so that nothing is clipped
+    quantised = tg.gptq(weight, hessian, max_code, scales=scales, columns=columns)
+    assert_valid(quantised, weight, max_code)
+    assert torch.equal(quantised.columns, columns) and bool(columns.any()) == (rule == "water")
+    codes = reference_gptq(weight, hessian, scales, max_code, columns=columns.numpy())
+    steps = tg.steps_of(scales, columns).double().numpy()
+    expected = hessian_error(weight, codes * steps, hessian)
+    assert solved_error(weight, hessian, quantised) == pytest.approx(expected, rel=0.02)
+    assert agreement(quantised, codes) > 0.98
+    plain = tg.round_to_grid(weight, scales, max_code, columns)
+    assert expected <= 0.55 * solved_error(weight, hessian, plain)
+
+
+def test_the_factors_diagonal_is_what_later_inputs_do_not_say():
+    """1 / U_jj^2 is input j's variance once those of a smaller diagonal are known: a Schur complement."""
+    hessian = hessian_of(correlated_inputs(40)).double()
+    diagonal = tg.factor_diagonal(hessian[None], damp=0.0)[0]
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    for at in (0, 1, 17, 38, 39):
+        j, later = order[at], order[at + 1 :]
+        told = hessian[j, later] @ torch.linalg.solve(hessian[later][:, later], hessian[later, j])
+        assert float(diagonal[j] ** -2) == pytest.approx(float(hessian[j, j] - told), rel=1e-6)
+
+
+def code_length(codes):
+    """Bits a code, each column by its own statistics of the normal distribution that it is."""
+    deviation = codes.double().square().mean(0).add(1 / 12).sqrt()
+    return float((deviation * (2 * np.pi * np.e) ** 0.5).log2().mean())
+
+
+def test_water_costs_less_than_equal_columns_at_the_same_rate():
+    """The geometric mean of U_jj^-2 over the arithmetic one, as theory says."""
+    weight, hessian = some_weight(400, 160), hessian_of(correlated_inputs(160))
+    diagonal = functools.partial(tg.factor_diagonal, hessian[None])
+    scales, columns = (each[0] for each in tg.grid_of("water", weight[None], 127, 3.0, diagonal))
+    water = tg.gptq(weight, hessian, 127, scales=scales, columns=columns)
+    flat = tg.gptq(weight, hessian, 127, scales=scales * 2 ** (columns.double().mean() / 8).float())
+    assert code_length(flat.codes) == pytest.approx(code_length(water.codes), abs=0.03)
+    variance = diagonal()[0].double() ** -2
+    expected = float(variance.log().mean().exp() / variance.mean())
+    ratio = solved_error(weight, hessian, water) / solved_error(weight, hessian, flat)
+    assert expected < 0.9 and ratio == pytest.approx(expected, rel=0.05)
 
 
 def test_columns_come_back_in_their_places():
@@ -356,6 +409,12 @@ def test_values_that_are_not_finite_are_refused(value):
 def test_shapes_that_do_not_match_are_refused(weight, hessian):
     with pytest.raises(ValueError):
         tg.gptq(torch.ones(weight), torch.ones(hessian), max_code=15)
+
+
+@pytest.mark.parametrize("columns", [(7,), (8,), (20, 1), (1,)])
+def test_columns_of_another_shape_are_refused(columns):
+    with pytest.raises(ValueError, match="columns"):
+        tg.gptq(some_weight(8, 20), torch.eye(20), 15, scales=torch.ones(8), columns=torch.zeros(columns))
 
 
 @pytest.mark.parametrize("scales", [(7,), (20,), (8, 1), (1,)])

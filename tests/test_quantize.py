@@ -73,8 +73,8 @@ class Given:
         hp = dataclasses.replace(self.hp, **changes)
         return tg.pack(tg.artifact_config(hp, FACTS), self.quantise(multiplier, **changes)[0])
 
-    def rate(self, **changes):
-        return tg.Rate(described(dataclasses.replace(self.hp, **changes)), self.weights)
+    def rate(self, room=1 << 30, **changes):
+        return tg.Rate(described(dataclasses.replace(self.hp, **changes)), self.weights, room, self.hessians)
 
     def fit(self, room, code_bytes=1000, passes=(), **changes):
         """What fit_artifact returns for so much room, and the sizes of the files that it made on the way."""
@@ -82,7 +82,8 @@ class Given:
         clock = tg.Budget("training", self.world, 0.0)
         run = tg.Run(hp, self.world, lines.append, Path(), code_bytes, clock, clock, {})
         found = tg.fit_artifact(run, described(hp), self.weights, self.hessians, FACTS, *passes)
-        assert all(line.startswith("pack ") and int(number("room", line)) == room for line in lines)
+        assert all(line.startswith("pack ") for line in lines)
+        assert hp.target_bits or all(int(number("room", line)) == room for line in lines)
         return *found, [int(number("model", line)) for line in lines]
 
 
@@ -249,6 +250,46 @@ def test_lite_takes_the_best_clip_by_plain_error(tiny_hp):
     assert lite < 0.9 * plain
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+def test_sigma_is_the_deviation_of_a_row(given, bits):
+    """SDClip: 12.85 deviations to the largest code."""
+    tensors, _ = given.quantise(step_rule="sigma", attn_bits=bits, mlp_bits=bits, prune_pct=0.0)
+    for name in MATRICES:
+        deviations = torch.from_numpy(given.weights[name].double().numpy().std(axis=1, ddof=1))
+        expected = deviations * 12.85 / (2 ** (bits - 1) - 1)
+        torch.testing.assert_close(tensors[name].scales.double(), expected, rtol=1e-3, atol=0)
+        assert not tensors[name].columns.any()
+
+
+def test_water_is_one_step_a_matrix_times_the_factors_diagonal(given):
+    """And in no column so small that its codes would leave the grid."""
+    given, bounded = Given.drawn(given.hp), 0
+    given.weights["blocks.1.mlp.fc.weight"][:3] *= 20  # rows far beyond their matrix's deviation
+    tensors, _ = given.quantise(3.0, step_rule="water", attn_bits=8, mlp_bits=8, prune_pct=0.0)
+    for name in MATRICES:
+        weight, q = given.weights[name].double(), tensors[name]
+        assert len(q.scales.unique()) == 1 and int(q.codes.abs().max()) <= 127
+        assert float(q.scales[0]) == pytest.approx(float(weight.std()) * 12.85 * 3 / 127, rel=1e-3)
+        diagonal = tg.factor_diagonal(given.hessians[name][None])[0].double()
+        wanted = diagonal / diagonal.log().mean().exp()
+        least = 1.6 * weight.abs().amax(0) / 127 / q.scales[0]
+        steps, bounded = 2 ** (q.columns.double() / 8), bounded + int((least > wanted).sum())
+        torch.testing.assert_close(steps, torch.maximum(wanted, least), rtol=2 ** (1 / 16) - 1 + 1e-3, atol=0)
+    assert bounded > 0
+
+
+@pytest.mark.parametrize("rule", tg.STEP_RULES)
+@pytest.mark.parametrize("bits", [2.5, 3.5])
+def test_target_bits_are_what_the_matrices_take(given, rule, bits):
+    """Side information included: their share of the file is what it is longer than one without matrices."""
+    changes = dict(step_rule=rule, attn_bits=8, mlp_bits=8)
+    hp = dataclasses.replace(given.hp, **changes)
+    rest = len(tg.pack(tg.artifact_config(hp, {}), tg.quantize_rest(described(hp), given.weights)))
+    counted = sum(given.weights[name].numel() for name in MATRICES)
+    blob, report, _ = given.fit(1 << 30, target_bits=bits, **changes)
+    assert 0.997 * bits < 8 * (len(blob) - rest) / counted <= bits and report["multiplier"] > 1
+
+
 @pytest.mark.parametrize(("quantizer", "rule"), WAYS)
 def test_the_multiplier_coarsens_the_grid(given, quantizer, rule):
     fine, coarse = (given.quantise(m, quantizer=quantizer, step_rule=rule)[0] for m in (1.0, 2.0))
@@ -290,7 +331,8 @@ def test_rows_on_the_floor_are_counted(given, quantizer, rule):
         special.weights[name][rows[0]] = 1e-9
     special.weights["blocks.1.mlp.fc.weight"] *= 1e-3  # small, far from the floor
     tensors, report = special.quantise(quantizer=quantizer, step_rule=rule)
-    assert report["mlp"]["floored_rows"] == 3 and report["attn"]["floored_rows"] == 1
+    counted = report["mlp"]["floored_rows"], report["attn"]["floored_rows"]
+    assert counted == ((0, 0) if rule == "water" else (3, 1))  # whose rows have their matrix's step
     assert float(tensors["blocks.0.mlp.fc.weight"].dequantize()[[3, 60, 100]].abs().max()) < 1e-6
 
 
@@ -432,10 +474,15 @@ def test_the_rate_is_what_packing_plainly_rounded_codes_gives(given, larger, cha
 def test_the_multiplier_is_the_smallest_that_fits(larger):
     rate = larger.rate()
     most, least = rate.bytes(1.0), rate.bytes(1e4)
-    assert rate.multiplier(most) == rate.multiplier(10 * most) == 1.0
+
+    def fitted(limit):
+        rate.room, rate.spare = limit, 0
+        return rate.multiplier()
+
+    assert fitted(most) == fitted(10 * most) == 1.0
     for share in (0.02, 0.3, 0.7, 0.999):
         limit = least + share * (most - least)
-        multiplier = rate.multiplier(limit)
+        multiplier = fitted(limit)
         assert multiplier > 1 and rate.bytes(multiplier) <= limit < rate.bytes(0.998 * multiplier)
     sizes = [rate.bytes(multiplier) for multiplier in (1, 1.5, 2, 4, 6)]
     assert sizes == sorted(sizes, reverse=True)
@@ -603,6 +650,7 @@ def test_the_log_states_bytes_by_role(stage):
     plain = {key: sum(tensors[name].codes.numel() for name in names) for key, names in coded.items()}
     plain["scales"] = sum(2 * len(tensors[name].scales) for name in MATRICES + EMBEDDINGS)
     plain["classes"] = sum(tensors[name].codes.size(1) for name in MATRICES)
+    plain["columns"] = plain["classes"] + sum(tensors[name].codes.size(1) for name in EMBEDDINGS)
     plain["raw.float16"] = sum(
         2 * tensors[name].numel() for name in tensors.keys() - {*MATRICES, *EMBEDDINGS}
     )

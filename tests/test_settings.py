@@ -454,12 +454,18 @@ def test_an_empty_value_is_no_value():
     MODEL_DIM=500 NUM_KV_HEADS=3 ROPE_DIMS=15 ROPE_DIMS=66 ROPE_DIMS=2 BIGRAM_VOCAB_SIZE=1 VE_LAYERS=11
     VE_LAYERS=, VE_LAYERS=-1 VE_LAYERS=9,9 NUM_LAYERS=9 TRAIN_BATCH_TOKENS=3000 EVAL_STRIDE=2049
     TTT_CHUNK_TOKENS=3000 TTT_FREEZE_BLOCKS=12 STAGES=train,,evaluate STAGES=score ARTIFACT=a.bin
-    STEP_RULE=clip STEP_RULE=lite RUN_ID=../elsewhere RUN_ID=/tmp/elsewhere RUN_ID=a/../../b RUN_ID=..
+    TARGET_BITS=-1 TARGET_BITS=10 STEP_RULE=clip STEP_RULE=lite
+    RUN_ID=../elsewhere RUN_ID=/tmp/elsewhere RUN_ID=a/../../b RUN_ID=..
     VOCAB_SIZE=65537 SEED=4294967296 SEED=-1 BETA2=1 MUON_MOMENTUM=1 EMA_DECAY=1 LOGIT_SOFTCAP=0 ATTN_BITS=1
     MLP_BITS=9 EMBED_BITS=16 PRUNE_PCT=1 EVAL_STRIDE=0 ITERATIONS=0 TTT_EPOCHS=0 ARTIFACT_LIMIT=0 NUM_HEADS=0
 """.split())  # fmt: skip
 def test_values_that_no_run_can_use(said):
     assert len(complaint := lines(environment(said))) == 1 and said.split("=")[0] in complaint[0]
+
+
+def test_steps_by_rate_need_the_widest_codes():
+    assert all("8" in line for line in lines({"STEP_RULE": "water", "LATE_QAT_THRESHOLD": "0"}))
+    assert lines({"STEP_RULE": "water", "LATE_QAT_THRESHOLD": "0", "ATTN_BITS": "8"})
 
 
 @pytest.mark.parametrize("env", [
@@ -468,6 +474,7 @@ def test_values_that_no_run_can_use(said):
     {"VE_ENABLED": "0", "VE_LAYERS": ","}, {"VE_LAYERS": "0"}, {"STAGES": "quantize,evaluate"},
     {"STAGES": "evaluate", "ARTIFACT": "a.bin"}, {"TTT_ENABLED": "0", "SKIP_SLIDING": "0"},
     {"STEP_RULE": "lite", "LATE_QAT_THRESHOLD": "0"}, {"STEP_RULE": "clip", "STAGES": "quantize"},
+    {"STEP_RULE": "water", "ATTN_BITS": "8", "MLP_BITS": "8", "LATE_QAT_THRESHOLD": "0"},
     {"RUN_ID": "my-run_1.2"}])  # fmt: skip
 def test_combinations_at_the_edge(env):
     assert set(from_env(env).changed()) == {name.lower() for name in env}
