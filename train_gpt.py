@@ -23,8 +23,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import errno
-import functools
 import glob
 import hashlib
 import importlib.util
@@ -45,7 +45,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 if __name__ == "__main__":  # waiting threads that spin make a step fifty times slower on a busy CPU
@@ -73,7 +73,7 @@ def brief(value: object, most: int = 60) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path | str, remedy: str) -> Iterator[None]:
-    """UserError that names the file and the remedy, for whatever a missing or damaged one runs into."""
+    """UserError with file and remedy, for whatever a missing or damaged one runs into."""
     try:
         yield
     except UserError:
@@ -83,10 +83,10 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: {told}; {remedy}") from None
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 1 Settings
-# The environment goes over the preset, the preset over the default. All mistakes are reported at once: a
-# misspelt name that is ignored makes a run that was not what it said.
+# The environment goes over the preset, the preset over the default.
+# All mistakes are reported at once.
 
 # An artifact holds the settings of the model; a resumed run may change those of the run and of the score.
 SCOPES = ("run", "model", "train", "quantise", "score")
@@ -159,15 +159,6 @@ IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_L
 OWN_PREFIXES = ("TTT_", "GPTQ_", "QAT_", "EMA_", "SWA_", "MUON_", "ADAM_")
 
 
-def _edits(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        row, last = [i], row
-        for j, y in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
-    return row[-1]
-
-
 def _parse(text: str, like: object) -> object:
     if isinstance(like, bool):
         return ("0", "1", "false", "true").index(text.lower()) % 2 == 1
@@ -184,12 +175,10 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Unknown names that were meant as settings: errors, and for common words warnings."""
+    """Unknown names that were meant as settings: errors, and cautions for common words."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
     for name in sorted(set(env) - known):
-        near = ((_edits(name, other), other) for other in known if abs(len(other) - len(name)) <= 2)
-        distance, meant = min(near, default=(3, ""))
-        if distance <= 2:
+        for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             sure = name.startswith(OWN_PREFIXES) or len(name) > 5 and "_" in name
             (errors if sure else cautions).append(f"{name} is not a setting; did you mean {meant}?")
     return errors, cautions
@@ -264,12 +253,12 @@ def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Fi
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every setting of a run; the environment variable is the field's name in capitals."""
+    """Every setting; its environment variable is the name in capitals."""
     preset: str = _run("pr606", "set of defaults", choices=(*PRESETS,))
     run_id: str = _run("", "folder under logs/ (empty: preset-seed-time)")
-    stages: str = _run("train,quantize,evaluate", "parts to run, separated by commas")
+    stages: str = _run("train,quantize,evaluate", "parts to run")
     artifact: str = _run("", "file to score (empty: the run's own)")
-    resume: bool = _run(False, "continue the run RUN_ID from its checkpoint")
+    resume: bool = _run(False, "continue RUN_ID from its checkpoint")
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
@@ -280,7 +269,7 @@ class Hyperparameters:
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
     grad_accum_steps: int = _run(0, "micro-steps per step and rank (0: what fits)")
 
-    vocab_size: int = _model(1024, "V, vocabulary; shards hold 16-bit ids", SIZE)
+    vocab_size: int = _model(1024, "V, vocabulary", SIZE)
     num_layers: int = _model(11, "blocks; the first half feeds the second", "[1, 1000]")
     model_dim: int = _model(512, "D, width of the residual stream", SIZE)
     num_heads: int = _model(8, "H, query heads", SIZE)
@@ -329,17 +318,16 @@ class Hyperparameters:
     ema_decay: float = _train(0.997, "EMA decay per step", "[0, 1)")
     swa_every: int = _train(50, "steps between SWA snapshots", COUNT)
     swa_threshold: float = _train(0.2, "learning-rate scale below which they are taken")
-    late_qat_threshold: float = _train(0.5, "learning-rate scale below which QAT runs (0: never)", off=0.0)
+    late_qat_threshold: float = _train(0.5, "learning-rate scale below which it runs (0: never)", off=0.0)
     soft_round_qat: bool = _train(True, "soft rounding in QAT (0: hard)", off=False)
     soft_round_alpha: float = _train(16.0, "last sharpness of soft rounding, from 1")
 
     quantizer: str = _quantise("gptq", "GPTQ, or rounding to nearest", choices=("gptq", "rtn"), off="rtn")
-    step_rule: str = _quantise("absmax", "steps by row: largest weight, best clip, GPTQ-lite, deviation; by "
-                               "column: water", choices=("absmax", "clip", "lite", "sigma", "water"))
+    step_rule: str = _quantise("absmax", "of the steps", choices=("absmax", "clip", "lite", "sigma", "water"))
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
-    prune_pct: float = _quantise(0.02, "share of the smallest weights that become zero", "[0, 1)", off=0.0)
+    prune_pct: float = _quantise(0.02, "share of weights, the smallest, set to zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
     artifact_limit: int = _quantise(16_000_000, "bytes of code and model, at most", COUNT)
     target_bits: float = _quantise(0.0, "bits of a matrix weight in the file (0: what fits)", "[0, 9]")
@@ -347,7 +335,7 @@ class Hyperparameters:
     eval_seq_len: int = _score(2048, "T while scoring", COUNT)
     eval_stride: int = _score(32, "tokens between sliding windows", COUNT)
     skip_sliding: bool = _score(True, "no sliding score without test-time training")
-    eval_seconds: float = _score(600.0, "evaluation clock, in time for which TTT stops (0: none)")
+    eval_seconds: float = _score(600.0, "evaluation clock; TTT stops in time (0: none)")
     ttt_enabled: bool = _score(True, "score-first test-time training", off=False)
     ttt_optimizer: str = _score("adamw", "optimiser of TTT", choices=("adamw", "sgd"))
     ttt_lr: float = _score(1e-4, "learning rate at the first chunk")
@@ -370,7 +358,7 @@ class Hyperparameters:
 
     @staticmethod
     def from_env(env: Mapping[str, str]) -> Hyperparameters:
-        """Settings from a mapping alone; ValueError with a line for every mistake."""
+        """Settings from a mapping; ValueError with a line for every mistake."""
         given, errors = read_environment(env, Hyperparameters.fields())
         hp = Hyperparameters(**PRESETS.get(given.get("preset"), {}) | given)
         if errors := [*errors, *problems(hp)]:
@@ -395,28 +383,10 @@ def settings_table() -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 2 Machine
-# `World` is this process among its equals: alone, every operation is the identity. What was tuned to a kind
-# of device stands in one table.
-
-class RMSNorm(torch.autograd.Function):
-    """F.rms_norm without a weight, its scale in the dtype of x: three times faster on a CPU."""
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)  # vecdot's would be bf16 under autocast
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.size(-1)
-        scale = torch.rsqrt(mean_square + torch.finfo(wide).eps).to(x.dtype)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, to_y: Tensor):
-        y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(to_y, y).unsqueeze(-1) / y.size(-1)
-        return torch.addcmul(to_y, y, along, value=-1) * scale
-
+# `World` is this process among its equals: alone, every operation is the identity.
+# What was tuned to a kind of device stands in one table.
 
 def key_values(values: Mapping[str, object]) -> str:
     """A mapping in the log's grammar."""
@@ -427,7 +397,6 @@ def key_values(values: Mapping[str, object]) -> str:
 @dataclass(frozen=True)
 class Tuning:
     """What was tuned to a kind of device; on a CPU a batch should stay in its caches."""
-    norm: Callable[[Tensor], Tensor]
     less_target: Callable[[Tensor, Tensor], Tensor]  # p (N, V) less 1 at y (N, 1)
     logits: int   # elements of the logits held at a time while training
     scored: int   # positions whose logits are held at a time while scoring
@@ -437,12 +406,10 @@ class Tuning:
 
 
 TUNING = {
-    "cpu": Tuning(RMSNorm.apply, lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
+    "cpu": Tuning(lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
                   logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
-    # back to the dtype of x: CUDA's autocast would make the whole stream float32
-    "cuda": Tuning(lambda x: F.rms_norm(x, (x.size(-1),)).to(x.dtype),
-                   # in the kernel of its neighbours, where a scatter is one of its own
-                   lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
+    # in the kernel of its neighbours, where a scatter is one of its own
+    "cuda": Tuning(lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
                    logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
 }
 
@@ -454,7 +421,7 @@ def tuning_of(x: Tensor) -> Tuning:
 
 def rms_norm(x: Tensor) -> Tensor:
     """x over its root mean square in the last dimension."""
-    return TUNING[x.device.type].norm(x)
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # autocast would make the whole stream float32
 
 
 PATIENCE = timedelta(minutes=20)  # of ranks with each other
@@ -463,7 +430,7 @@ ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, number of ranks, and rank on this machine, from torchrun; UserError for anything else."""
+    """Rank, number of ranks, and rank on this machine; UserError for what torchrun never says."""
     usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
     told = usual | {name: text for name, text in env.items() if name in usual}
     numbers = [int(text) for text in [*told.values()][:3] if re.fullmatch("[0-9]{1,6}", text)]
@@ -475,7 +442,7 @@ def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
-    """The ranks' common store. UserError on every rank where their facts differ, or tell of an error."""
+    """The ranks' store; UserError on all of them where their facts differ, or tell of an error."""
     rank, size, _ = launched_as(env)
     store, others = None, []
     if size > 1:
@@ -549,11 +516,6 @@ class World:
         """This rank's share; shares differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def same_everywhere(self, tensor: Tensor) -> bool:
-        """Whether all ranks hold the same numbers."""
-        checksum = tensor.double().sum().item()
-        return self.max(checksum) == -self.max(-checksum)
-
     def barrier(self) -> None:
         self.max(0.0)
 
@@ -614,8 +576,7 @@ class World:
 def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) -> str:
     """Set the world's dtype: DTYPE's, an earlier stage's, else the faster of the two; returns a log line.
 
-    Measured are the products of a layer and of the output, both ways, where the slowest rank is. A CPU's
-    flags tell nothing: with some bf16 units float32 is faster.
+    Measured are the products of a layer and of the output, on the slowest rank; a CPU's flags tell nothing.
     """
     N, D, hidden, why = world.tuning.probe, hp.model_dim, int(hp.mlp_mult * hp.model_dim), "as DTYPE says"
     names = {str(dtype)[6:]: dtype for dtype in ARITHMETIC.values()}
@@ -645,7 +606,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_operator(operator: str, *options) -> Callable:
-    """PyTorch's attention by one kernel: a context that picks it would keep the graph out of the cache."""
+    """PyTorch's attention by one kernel; a context that picks it keeps the graph out of the cache."""
     run = getattr(torch.ops.aten, f"_scaled_dot_product_{operator}_attention")
 
     def attend(q, k, v):
@@ -654,7 +615,7 @@ def by_operator(operator: str, *options) -> Callable:
 
 
 def flash_attention_3() -> Callable:
-    """FlashAttention 3; ImportError or worse where it is not, or was built for another torch."""
+    """FlashAttention 3; ImportError or worse without it, or with that of another torch."""
     from flash_attn_interface import flash_attn_func
 
     def attend(q, k, v):
@@ -693,7 +654,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
-    """Milliseconds of a layer's attention of 16,384 tokens, both ways; ArithmeticError where it is off."""
+    """Milliseconds of 16,384 tokens in a layer, both ways; ArithmeticError where it is off."""
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
     draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
     for T in (hp.eval_seq_len, hp.train_seq_len):
@@ -715,7 +676,7 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
 
 def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
                      log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
-    """The fastest attention that gives what float32 does, the same on all ranks: name and function."""
+    """Name and function of the fastest attention that gives what float32 does, on all ranks."""
     if not world.on_cuda and hp.attention == "auto":
         return "dense in blocks in bf16, else sdpa", cpu_attention
     times, functions = {}, {}
@@ -775,13 +736,13 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
     return int(max(hp.eval_seq_len, min(world.tuning.scoring // hp.model_dim, in_chunk)))
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 3 Run log
-# Lines and metrics of rank 0, the clock of training, a ledger for each of the challenge's two budgets. `Run`
+# Lines and metrics of rank 0, the training clock, a ledger for each of the challenge's two budgets. `Run`
 # carries them from stage to stage.
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -812,7 +773,7 @@ def sha256(data: bytes) -> str:
 
 
 def say(text: str, stream: str = "stdout", end: str = "\n") -> None:
-    """Print while somebody listens: a console that is gone is silenced, and the run goes on."""
+    """Print while somebody listens: a console that is gone is silenced."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
     except OSError:
@@ -827,7 +788,7 @@ def saved(state: object) -> bytes:
 
 
 class RunLog:
-    """Lines to console and log.txt, JSON to metrics.jsonl; silent without a folder."""
+    """Lines to console and log.txt, JSON to metrics.jsonl, given a folder."""
     def __init__(self, folder: Path | None):
         self.live, self.shown, self.text = bool(folder) and sys.stdout.isatty(), 0.0, None
         if folder:
@@ -863,7 +824,7 @@ class RunLog:
 
 
 class Clock:
-    """Seconds of training, and where all ranks agree that it stood after some step."""
+    """Seconds of training, and where ranks agree that it stood after some step."""
     def __init__(self, limit: float):
         self.limit, self.before, self.started = limit, 0.0, None  # a limit of 0 is none
         self.agreed, self.agreed_step = 0.0, 0
@@ -987,10 +948,10 @@ class ProgressLine:
                      f"tokens/s:{done / elapsed:.0f} left:{elapsed / done * (self.total - done):.0f}s{extra}")
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 4 Data
 # Shards of 16-bit token ids come in, batches of sequences go out, in the submissions' order: files by name,
-# eight spans per step, whatever the number of ranks. Bytes make scores of different tokenizers comparable.
+# eight spans per step on any number of ranks. Bytes make scores of different tokenizers comparable.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 BOS = 1
@@ -1100,10 +1061,7 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
 
 
 def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> None:
-    """Decode some documents, to the table's bytes (#1143, #1719) and to text that encodes to their ids.
-
-    The bytes of a wrong tokenizer agree with each other, its ids do not.
-    """
+    """Decode some documents, to the table's bytes (#1143, #1719) and a text that encodes to their ids."""
     sample, processor = tokens[:1_000_000], table.processor
     starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
     texts = [sample[start:end] for start, end in itertools.pairwise(starts)] or [sample[:8192]]
@@ -1150,11 +1108,11 @@ class Validation:
         return Validation(tokens.to(world.device), counts.to(world.device), str(corpus), table)
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 5 Grid and QAT
 # The grid that QAT trains towards, GPTQ rounds to and the coder stores. Around a step's passes the matrices
-# hold their rounded values; the compiled model never knows: the compiler folds a flag inside the graph away,
-# which is how #606, #545 and #576 trained without the QAT that they logged (#315).
+# hold their rounded values: a flag inside the graph is folded away, which is how #606, #545 and #576 trained
+# without the QAT that they logged (#315).
 
 def steps_of(scales: Tensor, columns: Tensor | None) -> Tensor:
     """A step for every weight, (..., out, in), or (..., out, 1) where columns are alike."""
@@ -1180,11 +1138,6 @@ class QuantizedTensor:
 
 Tensors = Mapping[str, QuantizedTensor | Tensor]
 SCALE_FLOOR = 2.0 ** -24  # the smallest step that fp16 holds; #606's 1/15 coarsened nearly every row
-
-
-def max_code_of(bits: int) -> int:
-    """The largest code of a symmetric grid."""
-    return 2 ** (bits - 1) - 1
 
 
 def row_scales(weight: Tensor, max_code: int, multiplier: float | Tensor = 1.0) -> Tensor:
@@ -1240,7 +1193,7 @@ def hard_quantize(weights: Tensor, max_code: int, multiplier: Tensor, alpha: Ten
 
 
 class FakeQuantizer:
-    """Puts weights on the export grid for the passes of a step, and takes them off again.
+    """Puts weights on the export grid for a step's passes, and takes them off again.
 
     stacks   (max_code, weights, gradients), views of the parameters (k, out, in)
     Multiplier and sharpness are tensors: a number would wait for the device and recompile.
@@ -1295,11 +1248,11 @@ class FakeQuantizer:
         vars(self).update(state)
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 6 Model
 # Token ids in, soft-capped logits out. The order of layers and the skips between them are data: the plan.
 # What the submissions added to a plain GPT are parts, which own their parameters' initial values and those
-# that silence them in a trained model. Weights are cast to the dtype of the activations, which is autocast's.
+# that silence them. Weights are cast to the activations' dtype, which is autocast's.
 # Names in the state dict are the submissions' own.
 
 # What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
@@ -1527,7 +1480,7 @@ class Block(nn.Module):
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of soft-capped logits, made and used up in chunks that stay in cache.
+    """Mean cross-entropy of soft-capped logits, in chunks that stay in cache.
 
     Gradients are computed on the way forward (Liger kernels, arXiv:2410.10989). With u = sigmoid(2 z / c),
     c tanh(z / c) is 2 c u less a constant, and its slope 4 u (1 - u): four times faster than tanh on a CPU.
@@ -1566,7 +1519,7 @@ class Visit:
 
 
 def plan(hp: Hyperparameters) -> tuple[Visit, ...]:
-    """The layers as they run: the first half pushes outputs, the second pops them, the last first."""
+    """The layers as they run: the first half pushes outputs, the second pops them."""
     half = hp.num_layers // 2
     pushing = [Visit(layer, pushes=True) for layer in range(half)]
     popping = [Visit(half + row, half - 1 - row, row) for row in range(half)]
@@ -1600,7 +1553,7 @@ class GPT(nn.Module):
     def max_codes(self, group: str) -> dict[str, int]:
         """Largest codes of the quantised tensors of a group, matrix or embed."""
         chosen = {name: ROLES[role][1] for name, role in self.roles().items() if ROLES[role][0] == group}
-        return {name: max_code_of(getattr(self.hp, bits)) for name, bits in chosen.items() if bits}
+        return {name: 2 ** (getattr(self.hp, bits) - 1) - 1 for name, bits in chosen.items() if bits}
 
     def use(self, attend: Callable) -> GPT:
         for block in self.blocks:
@@ -1654,7 +1607,7 @@ def shell(hp: Hyperparameters) -> GPT:
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Of a training step: six per weight met, and causal attention (arXiv:2204.02311)."""
+    """Of training: six per weight met, and causal attention (arXiv:2204.02311)."""
     met = model.tok_emb.weight.numel() + sum(
         module.weight.numel() for module in model.modules() if isinstance(module, CastLinear))
     return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(model.visits)
@@ -1674,7 +1627,7 @@ def log_compiler(log: RunLog) -> None:
         log(f"compile:split {what.splitlines()[0]}")
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 7 Scoring
 # One scorer for validation, sliding windows and test-time training. Windows say what is read and which
 # positions count. The loss of position p is that of token p + 1 given tokens 0..p.
@@ -1781,7 +1734,7 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
                     scoring_batch_tokens(hp, world), score_fn=score_fn, progress=progress)
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 8 Optimisers
 # All parameters live in one vector and all gradients in another, equal shapes side by side: averaging,
 # clipping and reducing are one operation each, and a stack of equal matrices is a view.
@@ -1982,13 +1935,13 @@ def clip_gradients(grads: Tensor, limit: float) -> None:
         grads.mul_((limit / (grads.norm() + 1e-6)).clamp(max=1.0))
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 9 Averaging
 # The average of late weights is better than the last weights. It is kept in fp32: bf16 would lose what a
 # step adds.
 
 class EMA:
-    """Exponential moving average of what it was given, the first value divided out (arXiv:1412.6980, 3)."""
+    """Exponential moving average, the first value divided out (arXiv:1412.6980, 3)."""
     def __init__(self, tensor: Tensor, decay: float):
         self.average, self.decay, self.count = tensor.detach().float().clone(), decay, 0
 
@@ -2017,7 +1970,7 @@ class SWA(EMA):
         return 1 / self.count
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 10 Quantiser
 # A step rule gives every row and column its step, a rounder its codes. Both see training data, so they run
 # inside the training clock (#606 was closed because it did not).
@@ -2050,12 +2003,12 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with inverse(H + damp mean(diag H) I) = UT U; H and U (k, n, n)."""
+    """Upper triangular U, inverse(H + damp mean(diag H) I) = UT U; H and U (k, n, n)."""
     eye = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = mean.where(mean > 0, 1.0) * eye
     damped = hessian + damp * scaled
-    # read backwards, Cholesky's H = R RT: its R inverts to U, where the paper factorises three times
+    # read backwards, Cholesky's H = R RT: R inverts to U, where the paper factorises three times
     factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
     for extra in (0.0, *(10.0 ** power for power in range(-2, 7))):  # in float64, then with more damping
         if bad := failed.nonzero().flatten().tolist():
@@ -2087,14 +2040,15 @@ def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: I
 
 
 def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
-    """U's diagonal by column, (k, in): 1 over the deviation that an input has, given those rounded later."""
+    """U's diagonal by column (k, in): 1 over an input's deviation, given those rounded later."""
     order, U, _ = act_order(hessian, damp)
     return U.diagonal(dim1=-2, dim2=-1).take_along_dim(order.argsort(), -1)
 
 
 def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
     """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
-    full, shares = row_scales(weight, max_code), (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
+    full = row_scales(weight, max_code)
+    shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
     return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
 
 
@@ -2111,17 +2065,15 @@ def sigma_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
     return (weight.std(-1) * (12.85 * multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
-def water_steps(weight: Tensor, max_code: int, multiplier: float, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """One step per matrix, times the diagonal by column: each weight then costs the loss the same.
+def water_columns(weight: Tensor, scales: Tensor, max_code: int, diagonal: Tensor) -> Tensor:
+    """Steps in proportion to U's diagonal: reverse water-filling, as in WaterSIC (arXiv:2603.04956).
 
-    Reverse water-filling after GPTQ, as in WaterSIC (arXiv:2603.04956). The columns that are rounded first
-    have so small a diagonal that their codes would leave the grid, which costs more than all else gains:
-    no step is below a 1.6th of what holds the column's largest weight, as errors are yet to arrive in it.
+    Columns rounded first have so small a diagonal that their codes would leave the grid, which costs more
+    than all else gains: a step holds 1.6 times the largest weight.
     """
-    scale = sigma_scales(weight.flatten(1), max_code, multiplier).unsqueeze(-1)
     octaves = diagonal.log2() - diagonal.log2().mean(-1, keepdim=True)
-    least = (weight.abs().amax(-2) * (1.6 / max_code) / scale).log2()
-    return scale.expand(weight.shape[:-1]), (8 * torch.maximum(octaves, least)).round().clamp_(-127, 127)
+    least = (weight.abs().amax(-2) * (1.6 / max_code) / scales[:, :1]).log2()
+    return (8 * torch.maximum(octaves, least)).round().clamp_(-127, 127)
 
 
 @torch.no_grad()
@@ -2173,32 +2125,29 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     return QuantizedTensor(codes, scales, max_code, columns=columns)
 
 
-def by_row(scales: Callable) -> Callable:
-    """A step rule with all columns alike."""
-    return lambda weight, *grid, diagonal: (
-        scales(weight, *grid, diagonal=diagonal), torch.zeros_like(weight[:, 0]))
-
-
-STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> diagonal (k, in)) -> scales, columns
-    "absmax": by_row(lambda *grid, diagonal: row_scales(*grid)),
-    "clip": by_row(lambda weight, max_code, multiplier, diagonal:
-                   multiplier * search_scales(weight, diagonal(), max_code)),
-    "lite": by_row(lambda *grid, diagonal: lite_scales(*grid)),
-    "sigma": by_row(lambda *grid, diagonal: sigma_scales(*grid)),
-    "water": lambda *grid, diagonal: water_steps(*grid, diagonal()),
+STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
+    "absmax": lambda *grid, diagonal: row_scales(*grid),
+    "clip": lambda weight, max_code, multiplier, diagonal:
+        multiplier * search_scales(weight, diagonal(), max_code),
+    "lite": lambda *grid, diagonal: lite_scales(*grid),
+    "sigma": lambda *grid, diagonal: sigma_scales(*grid),
+    "water": lambda weight, *grid, diagonal:  # one for all rows
+        sigma_scales(weight.flatten(1), *grid).unsqueeze(-1).expand(weight.shape[:-1]),
 }
 QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
     "gptq": lambda weight, hessian, max_code, *steps: gptq(weight, hessian, max_code, 0.01, *steps),
-    "rtn": lambda weight, hessian, max_code, scales, columns:
-        round_to_grid(weight, scales, max_code, columns),
+    "rtn": lambda weight, _, max_code, scales, columns: round_to_grid(weight, scales, max_code, columns),
 }
 
 
 def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
             diagonal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
-    scales, columns = STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal)
-    return storable(scales), columns.to(torch.int8)
+    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal))
+    columns = torch.zeros_like(weight[:, 0])
+    if rule == "water":
+        columns = water_columns(weight, scales, max_code, diagonal())
+    return scales, columns.to(torch.int8)
 
 
 def weighted_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -2227,7 +2176,7 @@ def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
 @torch.no_grad()
 def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], world: World,
                    multiplier: float = 1.0) -> tuple[Tensors, dict]:
-    """Quantised tensors on the CPU, and by role and matrix the errors of plain rounding and of these."""
+    """Quantised tensors on the CPU; by role and matrix the errors of plain rounding and of these."""
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
     done, report = quantize_rest(model, weights), {"matrices": {}}
     kind = lambda name: (tuple(weights[name].shape), matrices[name])
@@ -2260,28 +2209,23 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
     return done, report
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 11 Coder
 # One file: a prefix, a JSON header, a rANS frame for the codes of each role, zstd frames of the rest, the
 # SHA-256 of all; nothing in it is executed. Columns whose codes are alike in size share their frequencies.
-# absmax steps cost over four bits a weight where the limit leaves about 3.5, so all steps grow by one factor
-# until the file fits.
+# All steps grow by one factor until the file fits.
 
 MAGIC, FORMAT_VERSION = b"PGOLFGPT", 3
 LEVEL = 22  # of zstd, for what is not codes
-SHARES, LANES, CLASSES = 1 << 14, 1 << 12, 20  # of rANS: sum of a class's frequencies; most states, classes
+RANS = ("attn.", "mlp.")  # sections of Gaussian codes; in the rest there are matches to find
+SHARES = 1 << 14  # that a class's frequencies add up to
+LANES, CLASSES = 1 << 12, 20  # states and classes, at most
 SPARE = 0.003  # of what is left for the matrices may stay empty; a forecast aims at half of it
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
 MOST_DENSE = 1000  # weights per byte of a file; a model of zeros alone has fewer
 DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
-
-
-def zstd_frame(data: bytes, level: int = LEVEL) -> bytes:
-    """One frame."""
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data))
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
 def require(sound: bool, fault: str) -> None:
@@ -2308,21 +2252,21 @@ def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Ten
     return flat.reshape(shape)
 
 
-def by_rans(section: str) -> bool:
-    """Codes of matrices are Gaussian; in the rest there are matches to find."""
-    return section.startswith(("attn.", "mlp."))
+def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[bytes]]:
+    """Each column's class, of codes (..., in), and by class the offset codes, column after column.
 
-
-def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[Tensor]]:
-    """Of codes (..., in) the class of each column (in,), and by class the offset codes, column after column.
-
-    A class is an octave of the mean square, in integers, so that all machines write the same bytes.
+    A class is an octave of the mean square, in integers: all machines write the same bytes.
     """
     columns = codes.reshape(math.prod(codes.shape[:-1]), codes.shape[-1]).T.contiguous()
     power = 16 * columns.long().square().sum(1) // max(columns.size(1), 1)
     classes = torch.frexp(power.double()).exponent.to(torch.uint8)
-    offset = (columns + max_code).view(torch.uint8)  # wraps into 0..254
-    return classes, [offset[classes == each].flatten() for each in range(CLASSES)]
+    offset = columns + max_code  # wraps into 0..254
+    return classes, [tensor_bytes(offset[classes == each]) for each in range(CLASSES)]
+
+
+def histogram(parts: list[bytes]) -> np.ndarray:
+    """How often each byte occurs in each part, (CLASSES, 256)."""
+    return np.stack([np.bincount(np.frombuffer(part, np.uint8), minlength=256) for part in parts])
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:
@@ -2334,23 +2278,24 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
 
 def rans_head(shares: np.ndarray, sizes: np.ndarray, states: np.ndarray) -> bytes:
-    """What a rANS frame opens with: frequencies, symbols by class, last states; the bytes of a word apart."""
+    """What opens a rANS frame: frequencies, symbols by class, last states; a word's bytes lie apart."""
     plain = np.concatenate([shares.ravel(), sizes, states]).astype("<u4")
-    planes = zstd_frame(np.ascontiguousarray(plain.view(np.uint8).reshape(-1, 4).T).tobytes())
-    return struct.pack("<II", len(planes), plain.nbytes) + planes
+    planes = np.ascontiguousarray(plain.view(np.uint8).reshape(-1, 4).T).tobytes()
+    return struct.pack("<II", len(packed := zstandard.compress(planes, LEVEL)), len(planes)) + packed
 
 
-def rans_frame(parts: list[np.ndarray]) -> bytes:
-    """Symbols uint8 by class, at the cost that their class's frequencies give them: static rANS.
+def rans_frame(parts: list[bytes]) -> bytes:
+    """Symbols by class at their frequencies' cost: static rANS, arXiv:1311.2540, in lanes, arXiv:1402.3392.
 
-    States of 32 bits in interleaved lanes, 16 bits at a time (Duda 2013, arXiv:1311.2540; Giesen 2014,
-    arXiv:1402.3392). Integers alone, so that all machines write the same bytes.
+    States have 32 bits and emit 16 at a time; integers alone.
     """
-    counts = np.stack([np.bincount(part, minlength=256) for part in parts])
+    counts = histogram(parts)
     shares, sizes = frequencies(counts), counts.sum(1)
-    keys = np.repeat(np.arange(CLASSES, dtype=np.uint16) << 8, sizes) | np.concatenate(parts)
+    symbols = np.frombuffer(b"".join(parts), np.uint8)
+    keys = np.repeat(np.arange(CLASSES, dtype=np.uint16) << 8, sizes) | symbols
     share, start = (each.astype(np.uint32).ravel() for each in (shares, shares.cumsum(1) - shares))
-    states, words = np.full(min(max(len(keys) >> 12, 1), LANES), 1 << 16, np.uint32), []
+    states = np.full(min(max(len(keys) >> 12, 1), LANES), 1 << 16, np.uint32)
+    words = []
     for at in reversed(range(0, len(keys), len(states))):  # what is written last is read first
         here = keys[at: at + len(states)]
         x, f = states[:len(here)], share[here]
@@ -2378,7 +2323,8 @@ def rans_content(frame: bytes, size: int) -> list[io.BytesIO]:
     into = np.arange(len(share), dtype=np.uint32) - spread(shares.cumsum() - shares, np.uint32)
     begins = held.cumsum().astype(np.uint32) - SHARES
     classes = np.repeat(np.arange(CLASSES, dtype=np.uint8), sizes)
-    words, read = np.frombuffer(frame[8 + packed:], "<u2"), 0
+    words = np.frombuffer(frame[8 + packed:], "<u2")
+    read = 0
     found = np.empty(size, np.uint8)
     for at in range(0, size, len(states)):
         own = begins[classes[at: at + len(states)]]
@@ -2394,8 +2340,8 @@ def rans_content(frame: bytes, size: int) -> list[io.BytesIO]:
 
 
 def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
-    """A JSON dict and tensors as one file, scales as fp16; ValueError for what it cannot hold."""
-    sections, coded, entries = collections.defaultdict(list), collections.defaultdict(list), []
+    """A JSON dict and tensors as one file; ValueError for what it cannot hold."""
+    sections, entries = collections.defaultdict(list), []
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, QuantizedTensor):
             data, scales, max_code = tensor.codes.cpu(), tensor.scales.cpu().half(), tensor.max_code
@@ -2406,46 +2352,42 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
             columns = data.new_zeros(data.shape[-1:]) if tensor.columns is None else tensor.columns.cpu()
             if columns.shape != data.shape[-1:] or columns.dtype != torch.int8:
                 raise ValueError(f"{name}: needs an int8 per column")
-            sections["scales"].append(tensor_bytes(scales))
-            sections["columns"].append(tensor_bytes(columns))
+            sections["scales"].append([tensor_bytes(scales)])
+            sections["columns"].append([tensor_bytes(columns)])
             kind, section = "codes", f"{tensor.role}.{max_code}"
-            if by_rans(section):
+            parts = [tensor_bytes(data + max_code)]
+            if section.startswith(RANS):
                 classes, parts = by_class(data, max_code)
-                sections["classes"].append(tensor_bytes(classes))
-                coded[section].append(parts)
-            else:
-                sections[section].append(tensor_bytes(data + max_code))
+                sections["classes"].append([tensor_bytes(classes)])
         else:
             kind, max_code, data = str(tensor.dtype).removeprefix("torch."), 0, tensor
             section = f"raw.{kind}"
             if kind not in DTYPES:
                 raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be packed")
-            sections[section].append(tensor_bytes(data))
+            parts = [tensor_bytes(data)]
+        sections[section].append(parts)
         entries.append([name, kind, list(data.shape), section, max_code])
-    plain = {key: b"".join(parts) for key, parts in sorted(sections.items())}
-    joined = {key: [torch.cat(parts).numpy() for parts in zip(*tensors)] for key, tensors in coded.items()}
-    sizes = {key: len(data) for key, data in plain.items()}
-    sizes |= {key: sum(map(len, parts)) for key, parts in joined.items()}
+    plain = {key: [*map(b"".join, zip(*parts))] for key, parts in sorted(sections.items())}  # by class
+    sizes = {key: sum(map(len, parts)) for key, parts in plain.items()}
     if sum(sizes.values()) > MOST_BYTES:
         raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
-    packed = {key: zstd_frame(data, level) for key, data in plain.items()}
-    packed |= {key: rans_frame(parts) for key, parts in joined.items()}
+    packed = {key: rans_frame(parts) if key.startswith(RANS) else zstandard.compress(*parts, level)
+              for key, parts in plain.items()}
     header = json.dumps({"config": config, "tensors": entries,
                          "sections": [[key, len(frame), sizes[key]] for key, frame in packed.items()]},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
-    small = zstd_frame(header)
+    small = zstandard.compress(header, LEVEL)
     body = b"".join([PREFIX.pack(MAGIC, FORMAT_VERSION, len(small), len(header)), small, *packed.values()])
     return body + hashlib.sha256(body).digest()
 
 
 def read_header(blob: bytes) -> tuple[dict, int]:
-    """The header of a file, its claims checked before anything is decompressed, and where it ends."""
+    """A file's header, its claims checked before anything is decompressed, and where it ends."""
     if len(blob) < PREFIX.size + 32 or blob[:8] != MAGIC:
         raise UserError("not an artifact of this script, or a truncated one")
     _, version, small, size = PREFIX.unpack_from(blob)
     if version != FORMAT_VERSION:
-        raise UserError(f"artifact format {version}; this script reads format {FORMAT_VERSION}, so score the "
-                        "file with the script that made it")
+        raise UserError(f"artifact format {version}, not {FORMAT_VERSION}: use the script that made it")
     require(sha256(blob[:-32]) == blob[-32:].hex(), "its checksum does not match its content")
     require(size <= MOST_HEADER_BYTES, "impossible header size")
     end, claimed = PREFIX.size + small, collections.Counter()
@@ -2460,7 +2402,7 @@ def read_header(blob: bytes) -> tuple[dict, int]:
             claimed[section] += math.prod(shape) * DTYPES[kind].itemsize
             claimed["scales"] += 2 * math.prod(shape[:-1]) * (kind == "codes")
             claimed["columns"] += math.prod(shape[-1:]) * (kind == "codes")
-            claimed["classes"] += math.prod(shape[-1:]) * (kind == "codes" and by_rans(section))
+            claimed["classes"] += math.prod(shape[-1:]) * (kind == "codes" and section.startswith(RANS))
         require(type(header["config"]) is dict and len(names) == len(header["tensors"]), "impossible names")
         require(+claimed == +held and all(size >= 0 for *_, size in sections)
                 and claimed.total() <= MOST_BYTES and len({key for key, *_ in sections}) == len(sections)
@@ -2474,16 +2416,18 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
     header, end = read_header(blob)
     frames, tensors = io.BytesIO(blob[end:-32]), {}
     with reading("damaged artifact: its content", "make it again"):
-        plain = {key: rans_content(frames.read(packed), size) if by_rans(key)
+        plain = {key: rans_content(frames.read(packed), size) if key.startswith(RANS)
                  else io.BytesIO(zstd_content(frames.read(packed), size))
                  for key, packed, size in header["sections"]}
         for name, kind, shape, section, max_code in header["tensors"]:
-            if kind == "codes" and by_rans(section):
-                classes, rows = read_tensor(plain["classes"], torch.uint8, shape[-1:]), math.prod(shape[:-1])
+            if kind == "codes" and section.startswith(RANS):
+                classes = read_tensor(plain["classes"], torch.uint8, shape[-1:])
+                rows = math.prod(shape[:-1])
                 transposed = torch.empty(shape[-1], rows, dtype=torch.uint8)
                 for each in classes.unique().tolist():
-                    own, part = classes == each, plain[section][each]
-                    transposed[own] = read_tensor(part, torch.uint8, [int(own.sum()), rows])
+                    own = classes == each
+                    part = read_tensor(plain[section][each], torch.uint8, [int(own.sum()), rows])
+                    transposed[own] = part
                 data = transposed.T.reshape(shape)
             else:
                 data = read_tensor(plain[section], DTYPES[kind], shape)
@@ -2511,19 +2455,21 @@ def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
 
 
 class Rate:
-    """Forecasts the packed bytes by what the coder would give a sample of rows, rounded plainly."""
+    """Forecasts the packed bytes by the coder's lengths of a sample of rows, rounded plainly."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], room: int,
                  hessians: Mapping[str, Tensor] = {}, sample: int = 1 << 16):
         hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
-        empty, self.samples = dict(quantize_rest(model, weights)), collections.defaultdict(list)
+        empty = dict(quantize_rest(model, weights))
         size = lambda: len(pack(artifact_config(hp, {}), empty, LEVEL if hp.target_bits else 13))  # quickly
-        self.counted, self.rule = sum(weights[name].numel() for name in matrices), hp.step_rule
+        self.counted = sum(weights[name].numel() for name in matrices)
+        self.rule = hp.step_rule
+        self.samples = collections.defaultdict(list)
         rest = size()
         self.room = min(room, rest + int(hp.target_bits * self.counted / 8) if hp.target_bits else room)
         self.spare = max(self.room - rest, 0) * SPARE
         for name, max_code in matrices.items():
             weight, hessian = weights[name][None].float(), hessians.get(name)
-            diagonal = functools.cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
+            diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
             rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
             scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
@@ -2538,12 +2484,12 @@ class Rate:
             for rows, times, diagonal in samples:
                 scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal)
                 found, parts = by_class(round_to_grid(rows, scales, max_code, columns).codes, max_code)
-                counts += times * np.stack([np.bincount(part, minlength=256) for part in parts])
+                counts += times * histogram(parts)
                 classes.append(tensor_bytes(found))
             shares = frequencies(counts.astype(np.int64))
             total += (counts * (14 - np.log2(shares.clip(1)))).sum() / 8
             total += len(rans_head(shares, counts.sum(1), np.zeros(0)))
-        return total + len(zstd_frame(b"".join(classes)))
+        return total + len(zstandard.compress(b"".join(classes), LEVEL))
 
     def multiplier(self) -> float:
         """The smallest multiplier, from 1, forecast to fit."""
@@ -2561,10 +2507,12 @@ class Rate:
 
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
                  facts: dict, passes: int = 6) -> tuple[bytes, dict]:
-    """The file that fills what the code leaves, after some passes, and the quantiser's report."""
+    """The file that fills what the code leaves, and the quantiser's report."""
     rate, best = Rate(model, weights, run.room, hessians), b""
-    multiplier, room = rate.multiplier(), rate.room
-    target, low, high = room - rate.spare / 2, 0.0, math.inf  # multipliers too small, and large enough
+    multiplier = rate.multiplier()
+    room = rate.room
+    target = room - rate.spare / 2
+    low, high = 0.0, math.inf  # multipliers that were too small, and large enough
     for _ in range(passes):
         tensors, errors = quantize_model(model, weights, hessians, run.world, multiplier)
         blob = pack(artifact_config(run.hp, facts), tensors)
@@ -2600,7 +2548,7 @@ def artifact_settings(header: dict, hp: Hyperparameters) -> Hyperparameters:
 
 
 def settings_for(blob: bytes, env: Mapping[str, str]) -> Hyperparameters:
-    """Settings that score a file: its model, its preset where PRESET is not set, and the environment's."""
+    """Settings that score a file: its model's, its preset's unless PRESET is set, the environment's."""
     header, _ = read_header(blob)
     facts = header["config"].get("facts", {})
     with reading("the artifact's preset", "set PRESET"):
@@ -2609,7 +2557,7 @@ def settings_for(blob: bytes, env: Mapping[str, str]) -> Hyperparameters:
 
 
 def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, dict]:
-    """The model from the file alone, and the file's facts; nothing is taken that the model does not need."""
+    """The model from the file alone, and its facts; nothing is taken that the model does not need."""
     header, _ = read_header(blob)
     hp, claimed = artifact_settings(header, hp), {name: shape for name, _, shape, *_ in header["tensors"]}
     require(sum(map(math.prod, claimed.values())) <= MOST_DENSE * len(blob), "it claims too much")
@@ -2627,10 +2575,10 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     return model.to(world.device), config.get("facts", {})
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 12 Training
 # Nothing in a step waits for the device: loss, clock and stop request travel at the end of the gradient
-# vector, so all ranks read the same numbers, a step late on CUDA, and take the same decisions.
+# vector, so all ranks read the same, a step late on CUDA, and decide alike.
 
 class Interrupted(Exception):
     """A stop signal came; what was finished is kept."""
@@ -2638,7 +2586,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def on_stop(heard: list[str] | None = None) -> Iterator[None]:
-    """Add SIGTERM, SIGINT and SIGHUP to a list, or raise Interrupted; what is ignored (nohup) stays so."""
+    """Add stop signals to a list, or raise Interrupted; what is ignored (nohup) stays so."""
     def handler(number, _frame) -> None:
         name = signal.Signals(number).name
         if heard is None:
@@ -2656,7 +2604,7 @@ def on_stop(heard: list[str] | None = None) -> Iterator[None]:
 
 
 class Stepper:
-    """What a step needs: data, compiled model, flat parameters, optimisers, fake quantiser."""
+    """Data, compiled model, flat parameters, optimisers and fake quantiser of a step."""
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
@@ -2714,7 +2662,7 @@ class Stepper:
 
 
 class Telemetry:
-    """Carries losses, clock and stop requests to the host; all ranks read the same."""
+    """Carries losses, clock and stop requests to the host."""
     def __init__(self, world: World, clock: Clock):
         self.world, self.clock, self.stopping, self.pending = world, clock, False, collections.deque()
 
@@ -2767,7 +2715,7 @@ class Checkpoint:
         return f"the last checkpoint is of step {self.step}" if self.step else "there is no checkpoint"
 
     def save(self, step: int, tries: int = 1) -> None:
-        """Write it, unless weights are not finite: the next loss ends the run. A full disk does not."""
+        """Write it, unless weights are not finite: the next loss ends the run."""
         if torch.isfinite(self.parts["stepper"].flat.weights).all():
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"settings": self.settings, "step": step}
@@ -2811,7 +2759,7 @@ def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
 
 
 def forecast(run: Run, positions: int, reserve: float, pace: float) -> str:
-    """A run's seconds by a step's: a scored token takes a third of a trained one, TTT's small steps three."""
+    """A run's seconds by a step's: a scored token is a third of a trained one, TTT's small steps three."""
     hp, token, limit = run.hp, pace / run.hp.train_batch_tokens, run.hp.max_wallclock_seconds
     steps = min(hp.iterations, (limit - reserve) / pace) if limit else hp.iterations
     plain, scores = positions * token / 3, "evaluate" in hp.stages
@@ -2841,7 +2789,7 @@ def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -
 
 @torch.no_grad()
 def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -> dict:
-    """Put the average in place of the last weights; returns the proofs of training."""
+    """Put the average in place of the weights; returns the proofs of training."""
     hp, flat, qat, chosen = run.hp, stepper.flat, stepper.qat, run.hp.averaging
     raw = flat.weights.clone()
     if chosen == "swa" and not swa.count:
@@ -2969,13 +2917,13 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         "reserve_seconds": reserve, "proofs": proofs})
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 13 Test-time training
 # Score first, train afterwards: a chunk's losses are banked under no-grad, then the model is trained on it,
 # so no token is scored by weights that have seen it. The last chunk is not trained (#461, #549, #1413).
 
 def ttt_parameters(model: GPT) -> dict[str, nn.Parameter]:
-    """What TTT trains, by TTT_PARAMS; control tensors as #601 counts them (25,689 parameters there)."""
+    """What TTT_PARAMS says; control tensors are #601's 25,689 parameters."""
     hp = model.hp
     last = [f"blocks.{i}." for i in range(hp.num_layers - hp.ttt_freeze_blocks, hp.num_layers)]
     control = "attn_scale mlp_scale resid_mix q_gain skip_weight smear bigram.scale".split()
@@ -3010,7 +2958,7 @@ class ChunkTrainer:
         self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606
 
     def gradients(self, batch: Tensor) -> None:
-        """Of the mean loss of a batch (B, T + 1) over all ranks, clipped to norm 1."""
+        """Of a batch's mean loss (B, T + 1) over all ranks, clipped to norm 1."""
         mine, trained = self.world.shard(len(batch)), [*self.parameters.values()]
         for p in trained:
             p.grad = torch.zeros_like(p)
@@ -3041,7 +2989,7 @@ class ChunkTrainer:
         checksum = torch.stack([p.detach().double().sum() for p in self.parameters.values()])
         if not torch.isfinite(checksum).all():
             raise UserError(f"test-time training diverged in chunk {chunk}; lower TTT_LR")
-        if not world.same_everywhere(checksum):
+        if world.max(whole := checksum.sum().item()) != -world.max(-whole):
             raise UserError(f"the ranks' weights differ after TTT chunk {chunk}")
 
     def change(self) -> float:
@@ -3103,7 +3051,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
                    "score_seconds": sum(taken for _, taken in scoring), "train_seconds": sum(training)}
 
 
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------
 # 14 Main
 # Train, compress, forget, load, score. A stage hands the next one a plain value, and leaves files for a
 # later run.
@@ -3163,7 +3111,7 @@ def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
         log(f"bytes section:{name} {key_values(section)}")
     return Packed(blob, {"proofs": {"quantizer": report}, "artifact": {
         "model_bytes": len(blob), "code_bytes": run.code_bytes, "total_bytes": len(blob) + run.code_bytes,
-        "limit": hp.artifact_limit, "codec": f"zstd-{LEVEL}", "sections": sections,
+        "limit": hp.artifact_limit, "codec": f"rans, zstd-{LEVEL}", "sections": sections,
         "sha256": sha256(blob)}})
 
 
@@ -3189,7 +3137,7 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
 
 
 def check_machine(hp: Hyperparameters, world: World) -> None:
-    """UserError where a training step would need more than the device has, by what it certainly takes."""
+    """UserError where a training step certainly needs more than the device has."""
     model, tokens = shell(hp), hp.train_batch_tokens + hp.gptq_calib_sequences * hp.train_seq_len
     there = torch.cuda.mem_get_info(world.device)[1] if world.on_cuda else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -3294,7 +3242,7 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
 
 
 def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[str, str]]:
-    """Settings, and what all ranks must have alike: these or what is wrong with them, script, and data.
+    """Settings, and what ranks must have alike: these or what is wrong with them, script, and data.
 
     Where a file is only scored, its own settings come before the preset's.
     """

@@ -81,19 +81,18 @@ class Layout:
 
     def frames(self, tensors: Mapping) -> list[bytes]:
         """The compressed frames of all codes."""
-        plain: dict[str, list[list[np.ndarray]]] = {}
+        plain: dict[str, list[list[bytes]]] = {}
         for name, tensor in sorted(tensors.items()):
             codes = tensor.codes.numpy()
             ordered = np.ascontiguousarray(codes.swapaxes(-2, -1) if self.columns_first else codes)
-            parts = [self.values(ordered, tensor.max_code).ravel()]
+            parts = [self.values(ordered, tensor.max_code).tobytes()]
             if self.classes:
-                parts = [part.numpy() for part in script().by_class(tensor.codes, tensor.max_code)[1]]
+                _, parts = script().by_class(tensor.codes, tensor.max_code)
             plain.setdefault(self.frame(name, tensor), []).append(parts)
-        joined = [[np.concatenate(parts) for parts in zip(*each)] for _, each in sorted(plain.items())]
+        joined = [[*map(b"".join, zip(*each))] for _, each in sorted(plain.items())]
         if self.rans:
-            empty = [np.zeros(0, np.uint8)]
-            return [script().rans_frame(parts + empty * (script().CLASSES - len(parts))) for parts in joined]
-        return [self.compress(part.tobytes()) for parts in joined for part in parts if len(part)]
+            return [script().rans_frame(parts + [b""] * (script().CLASSES - len(parts))) for parts in joined]
+        return [self.compress(part) for parts in joined for part in parts if part]
 
 
 def layouts() -> Iterator[Layout]:
@@ -109,7 +108,7 @@ def layouts() -> Iterator[Layout]:
     yield replace(base, name="a frame per width", frame=lambda name, tensor: str(tensor.max_code))
     yield replace(base, name="a frame per tensor", frame=lambda name, tensor: name)
     for level in (1, 3, 9, 15, 19, 22):
-        plain = partial(script().zstd_frame, level=level)
+        plain = partial(zstandard.compress, level=level)
         yield replace(base, name=f"level {level}", compress=plain)
     for min_match in (3, 4, 5, 6):
         yield replace(base, name=f"literals, min_match {min_match}", compress=literals(min_match=min_match))
