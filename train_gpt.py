@@ -73,7 +73,7 @@ def brief(value: object, most: int = 60) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path | str, remedy: str) -> Iterator[None]:
-    """UserError with file and remedy, for whatever a missing or damaged one runs into."""
+    """UserError with file and remedy, whatever a missing or damaged one runs into."""
     try:
         yield
     except UserError:
@@ -151,7 +151,8 @@ FIXED = {
     "MUON_BACKEND_STEPS": "5", "TIED_EMBED_INIT_STD": "0.005", "SGD_TTT_SEQ_LEN": "1024",
     **dict.fromkeys("""DTG_ENABLED HYPER_CONNECTIONS ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS
         USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 GPTQ_LITE_SEARCH
-        INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), "0"), "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
+        INT6_LAST_N QAT_ENABLED USE_POLYAK TTT_PERLAYER_LR""".split(), "0"),
+    "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
 }
 # Without effect in the submissions: accepted, and logged as ignored.
 IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
@@ -175,7 +176,7 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Unknown names that were meant as settings: errors, and cautions for common words."""
+    """Unknown names meant as settings: errors, and cautions for common words."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
     for name in sorted(set(env) - known):
         for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
@@ -347,7 +348,6 @@ class Hyperparameters:
                              choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "last blocks that are trained (#606's name)")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
-    ttt_perlayer_lr: bool = _score(False, "mlp.proj at 3x and mlp.fc at 0.5x the rate (#601)")
     ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
 
     @staticmethod
@@ -358,7 +358,7 @@ class Hyperparameters:
 
     @staticmethod
     def from_env(env: Mapping[str, str]) -> Hyperparameters:
-        """Settings from a mapping; ValueError with a line for every mistake."""
+        """Settings from a mapping; ValueError tells every mistake."""
         given, errors = read_environment(env, Hyperparameters.fields())
         hp = Hyperparameters(**PRESETS.get(given.get("preset"), {}) | given)
         if errors := [*errors, *problems(hp)]:
@@ -442,7 +442,7 @@ def launched_as(env: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
-    """The ranks' store; UserError on all of them where their facts differ, or tell of an error."""
+    """The ranks' store; UserError on all where their facts differ, or tell of an error."""
     rank, size, _ = launched_as(env)
     store, others = None, []
     if size > 1:
@@ -574,10 +574,7 @@ class World:
 
 
 def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) -> str:
-    """Set the world's dtype: DTYPE's, an earlier stage's, else the faster of the two; returns a log line.
-
-    Measured are the products of a layer and of the output, on the slowest rank; a CPU's flags tell nothing.
-    """
+    """Set the world's dtype: DTYPE's, an earlier stage's, else the faster one; returns a log line."""
     N, D, hidden, why = world.tuning.probe, hp.model_dim, int(hp.mlp_mult * hp.model_dim), "as DTYPE says"
     names = {str(dtype)[6:]: dtype for dtype in ARITHMETIC.values()}
     if hp.dtype == "auto" and known in names:
@@ -634,27 +631,8 @@ KERNELS = {  # of CUDA's attention: what makes them; the last takes every input,
 MOST_OFF = 0.02  # of a kernel's output and gradients against float32, relative in norm; bf16 is 0.005 off
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in blocks of queries: in bf16 on a CPU 1.6 to 2 times faster."""
-    (B, T, H, width), G = q.shape, k.size(2)
-    block, parts = 256 if T > 256 else 128, []
-    q, k, v = (x.transpose(1, 2) for x in (q * width ** -0.5, k, v))
-    for low in range(0, T, block):
-        high = min(low + block, T)
-        future = torch.full((high - low, high), -math.inf, dtype=q.dtype, device=q.device).triu(low + 1)
-        scores = q[:, :, low:high].reshape(B, G, -1, width) @ k[:, :, :high].mT
-        p = (scores.view(B, H, high - low, high) + future).softmax(-1)
-        parts.append((p.view(B, G, -1, high) @ v[:, :, :high]).view(B, H, high - low, width))
-    return torch.cat(parts, dim=2).transpose(1, 2)
-
-
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The faster of the two on a CPU, by dtype."""
-    return dense_attention(q, k, v) if q.dtype == torch.bfloat16 else sdpa_attention(q, k, v)
-
-
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
-    """Milliseconds of 16,384 tokens in a layer, both ways; ArithmeticError where it is off."""
+    """Milliseconds of 16,384 tokens in a layer, both ways; else ArithmeticError."""
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
     draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
     for T in (hp.eval_seq_len, hp.train_seq_len):
@@ -667,7 +645,7 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
             return [y, *torch.autograd.grad(y, qkv, to_y)]
 
         ours = [x.to(world.dtype) for x in inputs]
-        for found, exact in zip(passes(attend, *ours), passes(dense_attention, *map(Tensor.float, ours))):
+        for found, exact in zip(passes(attend, *ours), passes(sdpa_attention, *map(Tensor.float, ours))):
             off = ((found.float() - exact).norm() / exact.norm()).item()
             if not off <= MOST_OFF:
                 raise ArithmeticError(f"differs from float32 by {off:.3g} where {MOST_OFF} is allowed")
@@ -678,7 +656,7 @@ def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
                      log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
     """Name and function of the fastest attention that gives what float32 does, on all ranks."""
     if not world.on_cuda and hp.attention == "auto":
-        return "dense in blocks in bf16, else sdpa", cpu_attention
+        return "sdpa", sdpa_attention
     times, functions = {}, {}
     for name in (KERNELS if hp.attention == "auto" else [hp.attention]):
         fault, times[name] = "", math.inf
@@ -742,7 +720,7 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
 # carries them from stage to stage.
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """A file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1367,7 +1345,7 @@ class Context:
 
 
 class ValueResidual:
-    """Mix the first layer's V into every later one. Zhou et al. 2024, arXiv:2410.17897."""
+    """Mix the first layer's V into every later one (arXiv:2410.17897)."""
     silent = {"vr_lambda": (0.0, 1.0)}
 
     def __init__(self, hp: Hyperparameters, layer: int, host: nn.Module):
@@ -1962,7 +1940,7 @@ class EMA:
 
 
 class SWA(EMA):
-    """Stochastic weight averaging, the mean of snapshots. Izmailov et al. 2018, arXiv:1803.05407."""
+    """Stochastic weight averaging, the mean of snapshots (arXiv:1803.05407)."""
     def __init__(self, tensor: Tensor):
         super().__init__(tensor, decay=1.0)
 
@@ -1975,10 +1953,35 @@ class SWA(EMA):
 # A step rule gives every row and column its step, a rounder its codes. Both see training data, so they run
 # inside the training clock (#606 was closed because it did not).
 
+def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int = 4) -> dict[str, float]:
+    """Mean squared gradient of the loss, in nats, at the outputs of the quantised matrices, by name.
+
+    What K-FAC (arXiv:1503.05671) multiplies x xT by, one number for a matrix; sequences (N, T + 1).
+    """
+    names, outputs, hooks = list(model.max_codes("matrix")), {}, []
+    power, mine = torch.zeros(len(names), dtype=torch.float64), world.shard(len(sequences))
+    for name in names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        hooks.append(layer.register_forward_hook(lambda *call, name=name: outputs.update({name: call[2]})))
+    for rows in torch.from_numpy(sequences[mine.start: mine.stop]).to(world.device).split(batch):
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        with world.autocast(), torch.enable_grad():
+            loss = model(x, y) * y.numel()
+        to_outputs = torch.autograd.grad(loss, [outputs[name] for name in names])
+        power += torch.stack([each.float().square().mean(-1).sum() for each in to_outputs]).cpu()
+    for hook in hooks:
+        hook.remove()
+    total = world.sum_(power.to(world.device)) / sequences[:, 1:].size
+    return dict(zip(names, total.tolist()))
+
+
 @torch.no_grad()
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
                      batch_tokens: int = 16384) -> dict[str, Tensor]:
-    """Mean x xT of quantised matrices' inputs over sequences (N, T): (in, in) float32, by name."""
+    """Mean x xT of quantised matrices' inputs over sequences (N, T): (in, in) float32, by name.
+
+    For steps that compare matrices times their output_curvature: the loss's Hessian.
+    """
     matrices, hessians, hooks = model.max_codes("matrix"), {}, []
     read_by = lambda name: name.replace("c_k", "c_q").replace("c_v", "c_q")
 
@@ -1999,7 +2002,10 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
         hook.remove()
     for hessian in hessians.values():
         world.sum_(hessian).div_(sequences.size)
-    return {name: hessians[read_by(name)] for name in matrices}
+    if model.hp.step_rule != "water":
+        return {name: hessians[read_by(name)] for name in matrices}
+    power = output_curvature(model, sequences[::4], world)
+    return {name: power[name] * hessians[read_by(name)] for name in matrices}
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
@@ -2125,14 +2131,15 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     return QuantizedTensor(codes, scales, max_code, columns=columns)
 
 
+FINEST = 2.0 ** -20  # of water's steps: a weight's share of the loss is a twelfth of its square, in nats
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
     "absmax": lambda *grid, diagonal: row_scales(*grid),
     "clip": lambda weight, max_code, multiplier, diagonal:
         multiplier * search_scales(weight, diagonal(), max_code),
     "lite": lambda *grid, diagonal: lite_scales(*grid),
     "sigma": lambda *grid, diagonal: sigma_scales(*grid),
-    "water": lambda weight, *grid, diagonal:  # one for all rows
-        sigma_scales(weight.flatten(1), *grid).unsqueeze(-1).expand(weight.shape[:-1]),
+    "water": lambda weight, _, multiplier, diagonal:  # every weight then costs as many nats
+        (FINEST * multiplier * diagonal().log2().mean(-1, keepdim=True).exp2()).expand(weight.shape[:-1]),
 }
 QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
     "gptq": lambda weight, hessian, max_code, *steps: gptq(weight, hessian, max_code, 0.01, *steps),
@@ -2253,7 +2260,7 @@ def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Ten
 
 
 def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[bytes]]:
-    """Each column's class, of codes (..., in), and by class the offset codes, column after column.
+    """Each column's class, of codes (..., in), and by class the offset codes, columns first.
 
     A class is an octave of the mean square, in integers: all machines write the same bytes.
     """
@@ -2496,7 +2503,7 @@ class Rate:
         low, high, limit = 1.0, 1.0, self.room - self.spare / 2
         while self.bytes(high) > limit:
             low, high = high, 2 * high
-            if high > 1e4:  # every code is zero by now
+            if high > 1e7:  # every code is zero by now
                 raise UserError(f"no step brings the model under the {limit:.0f}B that ARTIFACT_LIMIT, "
                                 f"TARGET_BITS and the code leave; lower VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
@@ -2759,7 +2766,7 @@ def measure_reserve(run: Run, model: GPT, stream: TokenStream) -> float:
 
 
 def forecast(run: Run, positions: int, reserve: float, pace: float) -> str:
-    """A run's seconds by a step's: a scored token is a third of a trained one, TTT's small steps three."""
+    """A run's seconds by a step's: a scored token is a third of a trained one, one of TTT three."""
     hp, token, limit = run.hp, pace / run.hp.train_batch_tokens, run.hp.max_wallclock_seconds
     steps = min(hp.iterations, (limit - reserve) / pace) if limit else hp.iterations
     plain, scores = positions * token / 3, "evaluate" in hp.stages
@@ -2944,21 +2951,16 @@ class ChunkTrainer:
         self.parameters = ttt_parameters(model)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.parameters)
-        factors = {"mlp.proj.weight": 3.0, "mlp.fc.weight": 0.5} if hp.ttt_perlayer_lr else {}  # #601
-        by_rate = collections.defaultdict(list)
-        for name, p in self.parameters.items():
-            by_rate[hp.ttt_lr * factors.get(".".join(name.split(".")[-3:]), 1.0)].append(p)
-        groups = [dict(params=group, lr=rate, base_lr=rate) for rate, group in by_rate.items()]
+        trained = [*self.parameters.values()]
+        self.optimiser = torch.optim.AdamW(trained, hp.ttt_lr, weight_decay=0.0)
         if hp.ttt_optimizer == "sgd":
-            self.optimiser = torch.optim.SGD(groups, momentum=hp.ttt_momentum)
-        else:
-            self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+            self.optimiser = torch.optim.SGD(trained, hp.ttt_lr, momentum=hp.ttt_momentum)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.trained, self.steps = sum(p.numel() for p in self.parameters.values()), 0
         self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606
 
     def gradients(self, batch: Tensor) -> None:
-        """Of a batch's mean loss (B, T + 1) over all ranks, clipped to norm 1."""
+        """Of a batch's mean loss (B, T + 1), clipped to norm 1."""
         mine, trained = self.world.shard(len(batch)), [*self.parameters.values()]
         for p in trained:
             p.grad = torch.zeros_like(p)
@@ -2983,7 +2985,7 @@ class ChunkTrainer:
             self.gradients(batches[step % len(batches)])
             scale = ttt_lr_scale(hp, chunk, chunks, step, total)
             for group in self.optimiser.param_groups:
-                group["lr"] = group["base_lr"] * scale
+                group["lr"] = hp.ttt_lr * scale
             self.optimiser.step()
             self.steps += 1
         checksum = torch.stack([p.detach().double().sum() for p in self.parameters.values()])
@@ -3242,10 +3244,7 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
 
 
 def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[str, str]]:
-    """Settings, and what ranks must have alike: these or what is wrong with them, script, and data.
-
-    Where a file is only scored, its own settings come before the preset's.
-    """
+    """Settings, and what ranks must have alike: these or what is wrong with them, script, and data."""
     try:
         hp = Hyperparameters.from_env(env)
         artifact = Path(hp.artifact or Path("logs") / hp.run_id / "artifact.bin")

@@ -91,7 +91,7 @@ def test_equals_the_reference_on_the_same_scales(shape, max_code):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_reference_on_the_steps_of_every_rule(rule, shape):
     weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
-    multiplier = {"sigma": 2.0, "water": 2.0}.get(rule, 0.6)  # about as coarse as absmax at int4
+    multiplier = {"sigma": 2.0, "water": 2.0**13}.get(rule, 0.6)
     diagonal = functools.partial(tg.factor_diagonal, hessian[None])
     scales, columns = (each[0] for each in tg.grid_of(rule, weight[None], 15, multiplier, diagonal))
     max_code = 127  # so that nothing is clipped
@@ -128,7 +128,8 @@ def test_water_costs_less_than_equal_columns_at_the_same_rate():
     """The geometric mean of U_jj^-2 over the arithmetic one, as theory says."""
     weight, hessian = some_weight(400, 160), hessian_of(correlated_inputs(160))
     diagonal = functools.partial(tg.factor_diagonal, hessian[None])
-    scales, columns = (each[0] for each in tg.grid_of("water", weight[None], 127, 3.0, diagonal))
+    multiplier = 0.015 * 2**20 / float(diagonal().log().mean().exp())
+    scales, columns = (each[0] for each in tg.grid_of("water", weight[None], 127, multiplier, diagonal))
     water = tg.gptq(weight, hessian, 127, scales=scales, columns=columns)
     flat = tg.gptq(weight, hessian, 127, scales=scales * 2 ** (columns.double().mean() / 8).float())
     assert code_length(flat.codes) == pytest.approx(code_length(water.codes), abs=0.03)

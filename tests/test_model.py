@@ -510,14 +510,10 @@ def test_roles_are_the_submissions(config):
 # Attention kernels
 # ----------------------------------------------------------------------------------------------------------
 
-KERNELS = {name: getattr(tg, name) for name in ("sdpa_attention", "dense_attention", "cpu_attention")}
-
 
 @pytest.mark.parametrize("config", ["pr606", "all"])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_attention_kernel_equals_the_reference(config, kernel):
-    """A kernel of SDPA that does not run here leaves the work to the next one."""
-    model = build(settings(config)).use(KERNELS[kernel])
+def test_attention_equals_the_reference(config):
+    model = build(settings(config)).use(tg.sdpa_attention)
     with torch.no_grad():
         assert relative_error(model(some_tokens()), expected_logits(config)) <= 1e-5
 
@@ -638,13 +634,8 @@ def test_a_kernel_that_breaks_the_graph_is_dropped_where_it_would_be_compiled(mo
     assert len(lines) == 1 and "breaking dropped: Unsupported" in lines[0]
 
 
-def test_a_cpu_takes_its_own_kernels():
-    name, attend = tg.choose_attention(*machine(attention="auto"))
-    assert "dense" in name and attend is tg.cpu_attention
-    for dtype, kernel in ((torch.bfloat16, tg.dense_attention), (torch.float32, tg.sdpa_attention)):
-        qkv = torch.randn(3, 1, 40, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-        assert torch.equal(tg.cpu_attention(*qkv), kernel(*qkv))
-    assert not torch.equal(tg.dense_attention(*qkv), tg.sdpa_attention(*qkv))
+def test_a_cpu_measures_no_kernels():
+    assert tg.choose_attention(*machine(attention="auto")) == ("sdpa", tg.sdpa_attention)
 
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])

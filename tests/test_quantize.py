@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw, random_model, run_here
@@ -261,21 +262,49 @@ def test_sigma_is_the_deviation_of_a_row(given, bits):
         assert not tensors[name].columns.any()
 
 
-def test_water_is_one_step_a_matrix_times_the_factors_diagonal(given):
-    """And in no column so small that its codes would leave the grid."""
-    given, bounded = Given.drawn(given.hp), 0
+def test_water_is_the_factors_diagonal_in_nats(given):
+    """One number times U's diagonal in all matrices, and in no column so small that codes leave the grid."""
+    given, bounded, multiplier = Given.drawn(given.hp), 0, 1 << 14
     given.weights["blocks.1.mlp.fc.weight"][:3] *= 20  # rows far beyond their matrix's deviation
-    tensors, _ = given.quantise(3.0, step_rule="water", attn_bits=8, mlp_bits=8, prune_pct=0.0)
+    given.hessians["blocks.0.mlp.fc.weight"] *= 9.0  # whose outputs matter three times as much
+    tensors, _ = given.quantise(multiplier, step_rule="water", attn_bits=8, mlp_bits=8, prune_pct=0.0)
     for name in MATRICES:
         weight, q = given.weights[name].double(), tensors[name]
         assert len(q.scales.unique()) == 1 and int(q.codes.abs().max()) <= 127
-        assert float(q.scales[0]) == pytest.approx(float(weight.std()) * 12.85 * 3 / 127, rel=1e-3)
-        diagonal = tg.factor_diagonal(given.hessians[name][None])[0].double()
-        wanted = diagonal / diagonal.log().mean().exp()
-        least = 1.6 * weight.abs().amax(0) / 127 / q.scales[0]
-        steps, bounded = 2 ** (q.columns.double() / 8), bounded + int((least > wanted).sum())
-        torch.testing.assert_close(steps, torch.maximum(wanted, least), rtol=2 ** (1 / 16) - 1 + 1e-3, atol=0)
-    assert bounded > 0
+        wanted = tg.factor_diagonal(given.hessians[name][None])[0].double() * multiplier / 2**20
+        least = 1.6 * weight.abs().amax(0) / 127
+        steps = tg.steps_of(q.scales, q.columns)[0].double()
+        bounded += int((least > wanted).sum())
+        torch.testing.assert_close(steps, torch.maximum(wanted, least), rtol=2 ** (1 / 16) - 0.999, atol=0)
+    assert 0 < bounded < 100
+
+
+def test_the_curvature_is_that_of_the_loss(tiny_hp):
+    """By a finite difference: what signed noise on a matrix's outputs adds to the summed loss."""
+    hp = dataclasses.replace(tiny_hp, step_rule="water", attn_bits=8, mlp_bits=8)
+    model, world = random_model(hp).double(), tg.World(hp, {})
+    rows = np.random.default_rng(0).integers(hp.vocab_size, size=(6, 33))
+    power = tg.output_curvature(model, rows, world)
+    assert list(power) == MATRICES or power.keys() == set(MATRICES)
+    x, y = torch.from_numpy(rows[:, :-1]).contiguous(), torch.from_numpy(rows[:, 1:]).contiguous()
+    for name in ("blocks.0.attn.c_v.weight", "blocks.1.mlp.fc.weight", "blocks.2.mlp.proj.weight"):
+        layer, found = model.get_submodule(name.removesuffix(".weight")), []
+        for seed in range(40):
+            signs = 1e-5 * draw(f"noise {seed}", (*x.shape, layer.weight.size(0))).sign().double()
+            losses = []
+            for noise in (signs, -signs):
+                hook = layer.register_forward_hook(lambda _layer, _inputs, out, noise=noise: out + noise)
+                losses.append(model(x, y).item() * y.numel())
+                hook.remove()
+            found.append(((losses[0] - losses[1]) / 2e-5) ** 2 / signs.numel())
+        assert sum(found) / len(found) == pytest.approx(power[name], rel=0.5), name  # a mean of 40 squares
+    both = tg.collect_hessians(model, rows, world)
+    model.hp = dataclasses.replace(hp, step_rule="absmax")
+    part, plain = tg.output_curvature(model, rows[::4], world), tg.collect_hessians(model, rows, world)
+    for name in MATRICES:
+        torch.testing.assert_close(both[name], part[name] * plain[name])
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("rule", tg.STEP_RULES)
@@ -292,7 +321,8 @@ def test_target_bits_are_what_the_matrices_take(given, rule, bits):
 
 @pytest.mark.parametrize(("quantizer", "rule"), WAYS)
 def test_the_multiplier_coarsens_the_grid(given, quantizer, rule):
-    fine, coarse = (given.quantise(m, quantizer=quantizer, step_rule=rule)[0] for m in (1.0, 2.0))
+    unit = 2.0**16 if rule == "water" else 1.0  # in nats, and far above its bound
+    fine, coarse = (given.quantise(m * unit, quantizer=quantizer, step_rule=rule)[0] for m in (1.0, 2.0))
     for name in MATRICES:
         assert int(coarse[name].codes.abs().max()) <= int(fine[name].codes.abs().max())
         assert entropy([coarse[name]]) < entropy([fine[name]]) - 0.5

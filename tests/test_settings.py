@@ -216,7 +216,7 @@ SPELT = [
     ("WEIGHT_DECAY_ADAM", "0.01", "adam_wd", 0.01), ("SGD_TTT_LR", "0.004", "ttt_lr", 0.004),
     ("SGD_TTT_MOMENTUM", "0.8", "ttt_momentum", 0.8), ("SGD_TTT_EPOCHS", "5", "ttt_epochs", 5),
     ("SGD_TTT_PARAM_SET", "all", "ttt_params", "all"), ("QUANT_BITS", "6", "attn_bits", 6),
-    ("TTT_CHUNK_SIZE", "65536", "ttt_chunk_tokens", 65536), ("TTT_PERLAYER_LR", "1", "ttt_perlayer_lr", True),
+    ("TTT_CHUNK_SIZE", "65536", "ttt_chunk_tokens", 65536),
     ("TTT_COSINE_LR", "1", "ttt_schedule", "chunk"), ("TTT_COSINE_LR", "0", "ttt_schedule", "constant"),
     ("FULL_GPTQ", "0", "quantizer", "rtn"), ("FULL_GPTQ", "1", None, None),
     ("GPTQ_LITE", "1", "step_rule", "lite"), ("GPTQ_LITE", "0", None, None),
@@ -292,7 +292,7 @@ def test_two_names_that_say_the_same(env):
 # and the settings of run.sh, which runs the script once for each of SEEDS.
 FIXED = dict.fromkeys("""USE_MIXER USE_CACHE BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT DTG_ENABLED HYPER_CONNECTIONS
     ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS KV_CACHE_LEN VR_V0_FP16 GPTQ_LITE_SEARCH INT6_LAST_N
-    QAT_ENABLED USE_POLYAK""".split(), ("0", "1")) | {
+    QAT_ENABLED USE_POLYAK TTT_PERLAYER_LR""".split(), ("0", "1")) | {
     "PPM_ALPHA": ("1.0", "0.85"), "TIE_EMBEDDINGS": ("1", "0"), "TTT_LEGAL": ("1", "0"),
     "BETA1": ("0.90", "0.8"), "ADAM_EPS": ("1e-08", "1e-6"), "MUON_BACKEND_STEPS": ("5", "6"),
     "TIED_EMBED_INIT_STD": ("5e-3", "0.02"), "SGD_TTT_SEQ_LEN": ("1024", "2048"),

@@ -377,19 +377,6 @@ def test_every_step_uses_the_schedule(kind, share):
     assert used == pytest.approx([0.25 * (1 + math.cos(math.pi * x)) for x in share])
 
 
-@pytest.mark.parametrize("perlayer", [True, False])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_rates_per_layer(optimizer, perlayer):
-    hp = settings(ttt_optimizer=optimizer, ttt_lr=0.01, ttt_perlayer_lr=int(perlayer), ttt_params="all")
-    trainer = Watched(a_model(hp))
-    name_of = {p: name for name, p in trainer.parameters.items()}
-    rates = {name_of[p]: group["lr"] for group in trainer.optimiser.param_groups for p in group["params"]}
-    assert rates.keys() == trainer.parameters.keys()
-    for name, rate in rates.items():
-        factor = 3.0 if name.endswith("mlp.proj.weight") else 0.5 if name.endswith("mlp.fc.weight") else 1.0
-        assert rate == pytest.approx(0.01 * (factor if perlayer else 1.0)), name
-
-
 # ----------------------------------------------------------------------------------------------------------
 # What is trained
 # ----------------------------------------------------------------------------------------------------------
@@ -487,8 +474,6 @@ class Loop:
         self.steps += 1
         for name, g in grads.items():
             lr = self.hp.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
-            if self.hp.ttt_perlayer_lr:
-                lr *= 3.0 if "mlp.proj" in name else 0.5 if "mlp.fc" in name else 1.0
             first, second = (state.get(name, torch.zeros_like(g)) for state in (self.first, self.second))
             if self.hp.ttt_optimizer == "sgd":
                 self.first[name] = g = self.hp.ttt_momentum * first + g
@@ -500,9 +485,9 @@ class Loop:
 
 
 @pytest.mark.parametrize(("spread", "changes"), [
-    (0.2, dict(ttt_optimizer="adamw", ttt_lr=0.01, ttt_perlayer_lr=1)),
+    (0.2, dict(ttt_optimizer="adamw", ttt_lr=0.01)),
     (0.2, dict(ttt_optimizer="sgd", ttt_lr=0.05, ttt_momentum=0.9, ttt_epochs=3, ttt_batch_seqs=1)),
-    (.02, dict(ttt_optimizer="sgd", ttt_lr=0.5, ttt_perlayer_lr=1, ttt_temperature=0.8, ttt_params="blocks")),
+    (.02, dict(ttt_optimizer="sgd", ttt_lr=0.5, ttt_temperature=0.8, ttt_params="blocks")),
 ], ids=["adamw", "sgd", "no clip"])  # fmt: skip
 def test_ttt_equals_a_loop_written_out(spread, changes):
     hp, positions = settings(**{"ttt_params": "all"} | changes), 2 * SIZE + SEQ
