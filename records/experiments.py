@@ -16,7 +16,9 @@ import runs as shared
 
 # isort: split
 import fcntl
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -109,6 +111,18 @@ QAT = (("none", NONE, 5), ("soft-round, `smoke`'s", SOFT, 5),
 QUANTIZERS = {(f"int{attn} / int{mlp}", title): rounded(NONE, name, attn, mlp)
               for attn, mlp in ((6, 6), (6, 5), (5, 5))
               for name, title in (("rtn", "plain rounding"), ("lite", "GPTQ-lite"), ("gptq", "GPTQ"))}
+RATES = (3.5, 3.0, 2.75, 2.5)
+
+
+def at_rate(trained: Variant, rule: str, bits: float) -> Variant:
+    """A trained model by GPTQ with so many bits a matrix weight, side information included."""
+    settings = f"{SCORED} STEP_RULE={rule} ATTN_BITS=8 MLP_BITS=8 TARGET_BITS={bits}"
+    return variant(f"{trained.label}-{rule}-{bits}", settings, trained)
+
+
+STEPS = {(rule, bits): at_rate(NONE, rule, bits) for bits in RATES for rule in ("absmax", "sigma", "water")}
+STEPS_AFTER_QAT = {(what.label, rule): at_rate(what, rule, 3.0) for what in (NONE, SOFT, STE)
+                   for rule in ("absmax", "sigma", "water")}
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -264,6 +278,40 @@ def quantizers_table(bench: Bench) -> list[str]:
     return markdown(head, *rows)
 
 
+def steps_table(bench: Bench) -> list[str]:
+    """Step rules at equal bits of the same trained models, and the bits at which costs are equal."""
+    base, rows, cost = bench.values(NONE, "bpb.float"), [], {}
+    for (rule, bits), what in STEPS.items():
+        bpb, size = (bench.values(what, path) for path in ("bpb.roundtrip", "artifact.model_bytes"))
+        cost[rule, bits] = paired(bpb, base)
+        known = cost["absmax", bits]
+        ratios = {seed: c / known[seed] for seed, c in cost[rule, bits].items() if known.get(seed)}
+        rows.append((f"{bits:g}", rule, spread(bpb), spread(cost[rule, bits], "+.4f"), spread(ratios, ".2f"),
+                     spread(size, ",.0f")))
+    head = ("bits", "rule", "bpb after loading", "cost against float", "of absmax's", "model bytes")
+    lines = markdown(head, *rows)
+    means = {key: fmean(values.values()) for key, values in cost.items() if values}
+    wanted = means.get(("absmax", RATES[0]))
+    for (_, high), (_, low) in itertools.pairwise(key for key in means if key[0] == "water"):
+        above, below = means["water", low], means["water", high]
+        if wanted and below <= wanted <= above:
+            share = math.log(wanted / below) / math.log(above / below)
+            lines += ["", f"- the cost of absmax at {RATES[0]} bits is that of water at "
+                          f"{high + share * (low - high):.2f}, between two rows by the logarithm"]
+    return lines
+
+
+def after_qat_table(bench: Bench) -> list[str]:
+    """Whether QAT, which trains on absmax's grid, pays when the file has another."""
+    rows = [("QAT", "float bpb", *(f"{rule}, 3 bits" for rule in ("absmax", "sigma", "water")))]
+    for what in (NONE, SOFT, STE):
+        scores = (bench.values(STEPS_AFTER_QAT[what.label, rule], "bpb.roundtrip")
+                  for rule in ("absmax", "sigma", "water"))
+        title = {title for title, trained, _ in QAT if trained is what}.pop()
+        rows.append((title, spread(bench.values(what, "bpb.float")), *map(spread, scores)))
+    return markdown(*rows)
+
+
 def ttt_table(bench: Bench) -> list[str]:
     """The same artifacts scored without and with test-time training."""
     base = bench.values(PLAIN, "bpb.sliding")
@@ -278,6 +326,8 @@ STUDIES = {  # name: variants, and the table over their finished runs
     "ablations": (list(ABLATION.values()), ablations_table),
     "qat": ([rounded(what, q, bits, bits) for _, what, bits in QAT for q in ("rtn", "gptq")], qat_table),
     "quantizers": (list(QUANTIZERS.values()), quantizers_table),
+    "steps": (list(STEPS.values()), steps_table),
+    "steps-after-qat": (list(STEPS_AFTER_QAT.values()), after_qat_table),
     "ttt": (list(TTT.values()), ttt_table),
 }
 
