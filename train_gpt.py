@@ -88,7 +88,7 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
 # The environment goes over the preset, the preset over the default.
 # All mistakes are reported at once.
 
-# An artifact holds the settings of the model; a resumed run may change those of the run and of the score.
+# An artifact holds the model's; a resumed run may change those of the run and of the score.
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
 COUNT, SIZE = "[1, 1e9]", "[1, 65536]"
@@ -150,8 +150,8 @@ FIXED = {
     "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "BETA1": "0.9", "ADAM_EPS": "1e-8",
     "MUON_BACKEND_STEPS": "5", "TIED_EMBED_INIT_STD": "0.005", "SGD_TTT_SEQ_LEN": "1024",
     **dict.fromkeys("""DTG_ENABLED HYPER_CONNECTIONS ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS
-        USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 GPTQ_LITE_SEARCH
-        INT6_LAST_N QAT_ENABLED USE_POLYAK TTT_PERLAYER_LR""".split(), "0"),
+        USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 TTT_PERLAYER_LR
+        GPTQ_LITE_SEARCH INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), "0"),
     "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
 }
 # Without effect in the submissions: accepted, and logged as ignored.
@@ -215,8 +215,8 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
          f"STEP_RULE={hp.step_rule} is not what QAT trains on; set LATE_QAT_THRESHOLD=0"),
-        (hp.step_rule == "water" and min(hp.attn_bits, hp.mlp_bits) < 8,
-         "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8"),
+        (hp.step_rule == "water" and min(hp.attn_bits, hp.mlp_bits, hp.embed_bits) < 8,
+         "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8 EMBED_BITS=8"),
         (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
          "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
         (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
@@ -271,7 +271,7 @@ class Hyperparameters:
     grad_accum_steps: int = _run(0, "micro-steps per step and rank (0: what fits)")
 
     vocab_size: int = _model(1024, "V, vocabulary", SIZE)
-    num_layers: int = _model(11, "blocks; the first half feeds the second", "[1, 1000]")
+    num_layers: int = _model(11, "blocks", "[1, 1000]")
     model_dim: int = _model(512, "D, width of the residual stream", SIZE)
     num_heads: int = _model(8, "H, query heads", SIZE)
     num_kv_heads: int = _model(8, "G, key and value heads", SIZE)
@@ -281,7 +281,7 @@ class Hyperparameters:
     rope_dims: int = _model(16, "dimensions of a head that RoPE turns")
     rope_ntk_reference: int = _model(1024, "T above which the RoPE base grows (0: never)")
     logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
-    xsa_last_n: int = _model(11, "last layers with exclusive self attention", off=0)
+    xsa_last_n: int = _model(11, "last layers with XSA", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
     smear_gate: bool = _model(True, "mix each embedding with the previous one", off=False)
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
@@ -300,7 +300,7 @@ class Hyperparameters:
     ortho_init: bool = _train(True, "orthogonal initial matrices", off=False)
     iterations: int = _train(20000, "steps, at most", COUNT)
     max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: none)")
-    warmup_steps: int = _train(20, "uncounted first steps, undone afterwards")
+    warmup_steps: int = _train(20, "first steps, undone")
     warmdown_iters: int = _train(3500, "steps of the learning rate's fall to 0")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
@@ -315,7 +315,7 @@ class Hyperparameters:
     adam_wd: float = _train(0.04, "weight decay of the rest")
     beta2: float = _train(0.95, "AdamW second moment", "[0, 1)")
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
-    averaging: str = _train("ema", "weights that are exported", choices=("ema", "swa", "none"), off="none")
+    averaging: str = _train("ema", "exported weights", choices=("ema", "swa", "none"), off="none")
     ema_decay: float = _train(0.997, "EMA decay per step", "[0, 1)")
     swa_every: int = _train(50, "steps between SWA snapshots", COUNT)
     swa_threshold: float = _train(0.2, "learning-rate scale below which they are taken")
@@ -344,9 +344,9 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains: last blocks and scales, control tensors, all",
+    ttt_params: str = _score("blocks", "what TTT trains",
                              choices=("blocks", "control", "all"))
-    ttt_freeze_blocks: int = _score(2, "last blocks that are trained (#606's name)")
+    ttt_freeze_blocks: int = _score(2, "last blocks that TTT trains")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
 
@@ -385,7 +385,7 @@ def settings_table() -> str:
 
 # ----------------------------------------------------------
 # 2 Machine
-# `World` is this process among its equals: alone, every operation is the identity.
+# `World` makes every operation the identity where a process is alone.
 # What was tuned to a kind of device stands in one table.
 
 def key_values(values: Mapping[str, object]) -> str:
@@ -463,7 +463,7 @@ def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
 
 
 class World:
-    """Rank, size and device of this process, and the collectives that a run needs."""
+    """This process among its equals, and the collectives that a run needs."""
     def __init__(self, hp: Hyperparameters, env: Mapping[str, str], store: dist.Store | None = None):
         self.rank, self.size, local = launched_as(env)
         devices, self.grouped = torch.cuda.device_count(), self.size > 1
@@ -515,9 +515,6 @@ class World:
     def shard(self, count: int) -> range:
         """This rank's share; shares differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def barrier(self) -> None:
-        self.max(0.0)
 
     def synchronize(self) -> None:
         if self.on_cuda:
@@ -603,7 +600,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_operator(operator: str, *options) -> Callable:
-    """PyTorch's attention by one kernel; a context that picks it keeps the graph out of the cache."""
+    """PyTorch's attention by one kernel; a context would keep the graph out of the cache."""
     run = getattr(torch.ops.aten, f"_scaled_dot_product_{operator}_attention")
 
     def attend(q, k, v):
@@ -621,14 +618,14 @@ def flash_attention_3() -> Callable:
     return attend
 
 
-KERNELS = {  # of CUDA's attention: what makes them; the last takes every input, so it is never refused
+KERNELS = {  # of CUDA's attention: what makes them; the last takes every input
     "fa3": flash_attention_3,
     "flash": lambda: by_operator("flash", 0.0, True),
     "cudnn": lambda: by_operator("cudnn", None, True, 0.0, True),
     "efficient": lambda: by_operator("efficient", None, True, 0.0, True),
     "sdpa": lambda: sdpa_attention,
 }
-MOST_OFF = 0.02  # of a kernel's output and gradients against float32, relative in norm; bf16 is 0.005 off
+MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.005 off
 
 
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
@@ -654,7 +651,7 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
 
 def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
                      log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
-    """Name and function of the fastest attention that gives what float32 does, on all ranks."""
+    """Name and function of the fastest that is right."""
     if not world.on_cuda and hp.attention == "auto":
         return "sdpa", sdpa_attention
     times, functions = {}, {}
@@ -691,7 +688,7 @@ def wants_compile(hp: Hyperparameters, world: World) -> bool:
 
 
 def activation_bytes(hp: Hyperparameters, world: World, compiling: bool) -> float:
-    """What a token leaves for the backward pass, as records/traffic.py counts it; eagerly 2.5 times."""
+    """What a token leaves for the backward pass, as records/traffic.py counts; eagerly 2.5 times."""
     wide = 9 + 4 * hp.num_kv_heads / hp.num_heads + 3 * hp.mlp_mult
     fused = 2 * hp.num_layers * wide * hp.model_dim + 12 * hp.vocab_size  # the latter of the loss
     return 2.5 * fused if world.on_cuda and not compiling else fused
@@ -802,7 +799,7 @@ class RunLog:
 
 
 class Clock:
-    """Seconds of training, and where ranks agree that it stood after some step."""
+    """Seconds of training, and where ranks agree it stood after some step."""
     def __init__(self, limit: float):
         self.limit, self.before, self.started = limit, 0.0, None  # a limit of 0 is none
         self.agreed, self.agreed_step = 0.0, 0
@@ -831,7 +828,7 @@ class Clock:
 
 
 class Budget:
-    """Seconds per phase on one of the challenge's clocks, and those that do not count."""
+    """Seconds per phase on a clock of the challenge, and those that do not count."""
     def __init__(self, name: str, world: World, limit: float):
         self.name, self.world, self.limit = name, world, limit
         self.counted, self.uncounted = {}, {}
@@ -937,7 +934,7 @@ SPANS_PER_STEP = 8
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """A shard's token ids, uint16, memory-mapped; UserError where the file is damaged."""
+    """A shard's token ids, uint16, memory-mapped; UserError for a damaged file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; run data/prepare.py")
@@ -1076,10 +1073,6 @@ class Validation:
             raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
         with reading(meta, "make the data again with data/prepare.py"):
             known = parse_json(meta.read_bytes()) if meta.is_file() else {}
-            name, digest = known.get("tokenizer"), sha256(Path(hp.tokenizer_path).read_bytes())
-            if known.get("files", {}).get(name, {}).get("sha256", digest) != digest:
-                raise UserError(f"{hp.tokenizer_path} is not {name}, with which {hp.data_path} was made; set "
-                                f"TOKENIZER_PATH")
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
         check_tokenizer(table, tokens)
         counts, corpus = table.count(tokens[:-1], tokens[1:]), known.get("corpus") or Path(hp.data_path).name
@@ -1599,7 +1592,7 @@ def compiled(function: Callable, **options) -> Callable:
 
 
 def log_compiler(log: RunLog) -> None:
-    """A line for whatever the compiler did not compile as a whole."""
+    """A line for each break of the graph."""
     counters = torch._dynamo.utils.counters
     for what in counters["graph_break"] | counters["unimplemented"]:
         log(f"compile:split {what.splitlines()[0]}")
@@ -1672,9 +1665,9 @@ def window_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Wi
 def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Window], world: World,
              batch_tokens: int = 4096, temperature: float = 1.0, score_fn: Callable = token_losses,
              nll: Tensor | None = None, progress: ProgressLine | None = None) -> Score:
-    """Score windows exactly once, split over ranks: the same Score on each, by float64 sums.
+    """Score windows exactly once; the same Score on every rank, by float64 sums.
 
-    tokens, byte_counts   (positions + 1,) and (positions,) int on the device: text, and bytes of each target
+    tokens, byte_counts   (positions + 1,) and (positions,) int on the device
     batch_tokens          per forward pass and rank
     score_fn              token_losses or its compiled form, which gets whole batches only
     nll                   (positions,) float32 on the CPU: receives this rank's losses
@@ -1953,36 +1946,44 @@ class SWA(EMA):
 # A step rule gives every row and column its step, a rounder its codes. Both see training data, so they run
 # inside the training clock (#606 was closed because it did not).
 
-def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int = 4) -> dict[str, float]:
-    """Mean squared gradient of the loss, in nats, at the outputs of the quantised matrices, by name.
+@torch.no_grad()
+def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int = 4) -> dict[str, Tensor]:
+    """How the loss, in nats, bends at each matrix's outputs, (), and in each table's rows, (rows,), by name.
 
-    What K-FAC (arXiv:1503.05671) multiplies x xT by, one number for a matrix; sequences (N, T + 1).
+    The mean squared gradient, K-FAC's other factor (arXiv:1503.05671), times a row's frequency; at the output
+    the squared error of the probabilities.
     """
-    names, outputs, hooks = list(model.max_codes("matrix")), {}, []
-    power, mine = torch.zeros(len(names), dtype=torch.float64), world.shard(len(sequences))
+    tables, calls, hooks = model.max_codes("embed"), {}, []
+    names = [*model.max_codes("matrix"), *tables]
+    power = torch.zeros(len(names), device=world.device)
+    counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(lambda *call, name=name: outputs.update({name: call[2]})))
-    for rows in torch.from_numpy(sequences[mine.start: mine.stop]).to(world.device).split(batch):
+        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls.update({name: call})))
+    for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with world.autocast(), torch.enable_grad():
-            loss = model(x, y) * y.numel()
-        to_outputs = torch.autograd.grad(loss, [outputs[name] for name in names])
-        power += torch.stack([each.float().square().mean(-1).sum() for each in to_outputs]).cpu()
+        with world.autocast():
+            p = model(x).softmax(-1)
+            with torch.enable_grad():
+                loss = model(x, y) * y.numel()
+        to_outputs = torch.autograd.grad(loss, [calls[name][2] for name in names])
+        squares = [each.float().square().mean(-1).sum() for each in to_outputs]
+        squares[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
+        power += torch.stack(squares)
+        for name, count in counts.items():
+            count += torch.bincount(calls[name][1][0].flatten(), minlength=len(count))
     for hook in hooks:
         hook.remove()
-    total = world.sum_(power.to(world.device)) / sequences[:, 1:].size
-    return dict(zip(names, total.tolist()))
+    found = dict(zip(names, world.sum_(power) / sequences[:, 1:].size))
+    return found | {name: found[name] * world.sum_(count) / count.sum() for name, count in counts.items()}
 
 
 @torch.no_grad()
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
                      batch_tokens: int = 16384) -> dict[str, Tensor]:
-    """Mean x xT of quantised matrices' inputs over sequences (N, T): (in, in) float32, by name.
-
-    For steps that compare matrices times their output_curvature: the loss's Hessian.
-    """
-    matrices, hessians, hooks = model.max_codes("matrix"), {}, []
+    """Mean x xT of matrices' inputs over (N, T), (in, in) by name; for water the loss's Hessians."""
+    matrices = model.max_codes("matrix")
+    hessians, hooks = {}, []
     read_by = lambda name: name.replace("c_k", "c_q").replace("c_v", "c_q")
 
     def add(hessian, _module, inputs) -> None:
@@ -2002,10 +2003,9 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
         hook.remove()
     for hessian in hessians.values():
         world.sum_(hessian).div_(sequences.size)
-    if model.hp.step_rule != "water":
-        return {name: hessians[read_by(name)] for name in matrices}
-    power = output_curvature(model, sequences[::4], world)
-    return {name: power[name] * hessians[read_by(name)] for name in matrices}
+    bent = output_curvature(model, sequences[::4], world) if model.hp.step_rule == "water" else {}
+    found = {name: hessians[read_by(name)] for name in matrices}
+    return bent | {name: bent[name] * found[name] for name in matrices} if bent else found
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
@@ -2052,7 +2052,7 @@ def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
 
 
 def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
-    """The clip of least GPTQ error, the sum of e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
+    """The clip of least GPTQ error, sum e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
     full = row_scales(weight, max_code)
     shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
     return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
@@ -2131,7 +2131,7 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     return QuantizedTensor(codes, scales, max_code, columns=columns)
 
 
-FINEST = 2.0 ** -20  # of water's steps: a weight's share of the loss is a twelfth of its square, in nats
+FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
     "absmax": lambda *grid, diagonal: row_scales(*grid),
     "clip": lambda weight, max_code, multiplier, diagonal:
@@ -2169,13 +2169,18 @@ def prune_smallest(weight: Tensor, share: float) -> Tensor:
     return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
 
 
-def quantize_rest(model: GPT, weights: Mapping[str, Tensor]) -> Tensors:
-    """All but the matrices, on the CPU: tables rounded plainly, the rest fp16."""
+def quantize_rest(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor] = {},
+                  multiplier: float = 1.0) -> Tensors:
+    """All but the matrices, on the CPU: tables rounded plainly, frequent rows finer; the rest fp16."""
     tables, matrices = model.max_codes("embed"), model.max_codes("matrix")
     done = {name: weight.cpu().half() for name, weight in weights.items() if name not in matrices}
     for name, max_code in tables.items():
         pruned = prune_smallest(weights[name].float().cpu(), model.hp.prune_pct)
-        q = round_to_grid(pruned, storable(row_scales(pruned, max_code)), max_code)
+        scales = row_scales(pruned, max_code)
+        if name in hessians and not model.hp.target_bits:  # half as if all rows were as frequent
+            eighths = (hessians[name] + hessians[name].mean()).cpu().rsqrt().log2().mul(8).round()
+            scales = torch.maximum(scales, FINEST * multiplier * torch.exp2(eighths / 8))
+        q = round_to_grid(pruned, storable(scales), max_code)
         done[name] = dataclasses.replace(q, role=model.roles()[name])
     return done
 
@@ -2185,7 +2190,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
                    multiplier: float = 1.0) -> tuple[Tensors, dict]:
     """Quantised tensors on the CPU; by role and matrix the errors of plain rounding and of these."""
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
-    done, report = quantize_rest(model, weights), {"matrices": {}}
+    done, report = quantize_rest(model, weights, hessians, multiplier), {"matrices": {}}
     kind = lambda name: (tuple(weights[name].shape), matrices[name])
     for (shape, max_code), group in itertools.groupby(sorted(matrices, key=kind), kind):
         names = list(group)
@@ -2260,7 +2265,7 @@ def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Ten
 
 
 def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[bytes]]:
-    """Each column's class, of codes (..., in), and by class the offset codes, columns first.
+    """Each column's class, of codes (..., in), and by class the offset codes.
 
     A class is an octave of the mean square, in integers: all machines write the same bytes.
     """
@@ -2277,7 +2282,7 @@ def histogram(parts: list[bytes]) -> np.ndarray:
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:
-    """Counts (CLASSES, 256) as shares of SHARES, at least one for what occurs; in integers alone."""
+    """Counts (CLASSES, 256) as shares of SHARES, at least one for what occurs."""
     occurs, total = counts > 0, counts.sum(1, keepdims=True)
     shares = occurs + counts * (SHARES - occurs.sum(1, keepdims=True)) // np.maximum(total, 1)
     shares[np.arange(CLASSES), counts.argmax(1)] += (SHARES - shares.sum(1)) * (total[:, 0] > 0)
@@ -2285,7 +2290,7 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
 
 def rans_head(shares: np.ndarray, sizes: np.ndarray, states: np.ndarray) -> bytes:
-    """What opens a rANS frame: frequencies, symbols by class, last states; a word's bytes lie apart."""
+    """What opens a rANS frame: frequencies, symbols by class, last states."""
     plain = np.concatenate([shares.ravel(), sizes, states]).astype("<u4")
     planes = np.ascontiguousarray(plain.view(np.uint8).reshape(-1, 4).T).tobytes()
     return struct.pack("<II", len(packed := zstandard.compress(planes, LEVEL)), len(planes)) + packed
@@ -2442,7 +2447,7 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
             if kind == "codes":
                 require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
                 scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
-                require(torch.isfinite(scales).all(), "a scale is not finite")
+                require((scales.isfinite() & (scales >= 0)).all(), "a scale negative or not finite")
                 columns = read_tensor(plain["columns"], torch.int8, shape[-1:])
                 codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
                 tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role, columns)
@@ -2465,15 +2470,13 @@ class Rate:
     """Forecasts the packed bytes by the coder's lengths of a sample of rows, rounded plainly."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], room: int,
                  hessians: Mapping[str, Tensor] = {}, sample: int = 1 << 16):
-        hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
-        empty = dict(quantize_rest(model, weights))
-        size = lambda: len(pack(artifact_config(hp, {}), empty, LEVEL if hp.target_bits else 13))  # quickly
-        self.counted = sum(weights[name].numel() for name in matrices)
-        self.rule = hp.step_rule
+        hp, roles, side = model.hp, model.roles(), {}
+        matrices = model.max_codes("matrix")
+        tables = [name for name in model.max_codes("embed") if name in hessians and not hp.target_bits]
+        rest = lambda multiplier: quantize_rest(model, weights, hessians, multiplier)
+        size = lambda tensors, level: len(pack(artifact_config(hp, {}), tensors, level))
+        self.rule, counted = hp.step_rule, sum(weights[name].numel() for name in matrices)
         self.samples = collections.defaultdict(list)
-        rest = size()
-        self.room = min(room, rest + int(hp.target_bits * self.counted / 8) if hp.target_bits else room)
-        self.spare = max(self.room - rest, 0) * SPARE
         for name, max_code in matrices.items():
             weight, hessian = weights[name][None].float(), hessians.get(name)
             diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
@@ -2481,11 +2484,16 @@ class Rate:
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
             scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
             codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
-            empty[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
-        self.fixed = size()  # all but the codes and what they need
+            side[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
+        begin, level = rest(1.0), 3 if tables else LEVEL  # quickly, where again and again
+        fixed = size(begin, level)
+        self.side = size({**begin, **side}, level) - fixed  # what the matrices need beside their codes
+        self.rest = (lambda multiplier: size(rest(multiplier), level)) if tables else lambda _: fixed
+        self.room = min(room, fixed + int(hp.target_bits * counted / 8) if hp.target_bits else room)
+        self.spare = max(self.room - self.rest(1e7), 0) * SPARE
 
     def bytes(self, multiplier: float) -> float:
-        total, classes = self.fixed, []
+        total, classes = self.side + self.rest(multiplier), []
         for (_, max_code), samples in self.samples.items():
             counts = np.zeros((CLASSES, 256))
             for rows, times, diagonal in samples:
@@ -2498,9 +2506,9 @@ class Rate:
             total += len(rans_head(shares, counts.sum(1), np.zeros(0)))
         return total + len(zstandard.compress(b"".join(classes), LEVEL))
 
-    def multiplier(self) -> float:
-        """The smallest multiplier, from 1, forecast to fit."""
-        low, high, limit = 1.0, 1.0, self.room - self.spare / 2
+    def multiplier(self, over: float = 0.0) -> float:
+        """The smallest multiplier, from 1, to fit, where the forecast is so many bytes too low."""
+        low, high, limit = 1.0, 1.0, self.room - self.spare / 2 - over
         while self.bytes(high) > limit:
             low, high = high, 2 * high
             if high > 1e7:  # every code is zero by now
@@ -2517,24 +2525,19 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
     """The file that fills what the code leaves, and the quantiser's report."""
     rate, best = Rate(model, weights, run.room, hessians), b""
     multiplier = rate.multiplier()
-    room = rate.room
-    target = room - rate.spare / 2
-    low, high = 0.0, math.inf  # multipliers that were too small, and large enough
     for _ in range(passes):
         tensors, errors = quantize_model(model, weights, hessians, run.world, multiplier)
-        blob = pack(artifact_config(run.hp, facts), tensors)
-        run.log(f"pack multiplier:{multiplier:.4f} forecast:{rate.bytes(multiplier):.0f}B model:{len(blob)}B "
-                f"room:{room}B")
-        if len(best) < len(blob) <= room:
+        blob, forecast_bytes = pack(artifact_config(run.hp, facts), tensors), rate.bytes(multiplier)
+        run.log(f"pack multiplier:{multiplier:.4f} forecast:{forecast_bytes:.0f}B model:{len(blob)}B "
+                f"room:{rate.room}B")
+        if len(best) < len(blob) <= rate.room:
             best, report = blob, errors | {"multiplier": multiplier}
-        if best and (multiplier == 1.0 or len(best) > room - rate.spare):
+        if best and (multiplier == 1.0 or len(best) > rate.room - rate.spare):
             break
-        low, high = (low, multiplier) if len(blob) <= room else (multiplier, high)
-        multiplier *= 2 ** (8 * (len(blob) - target) / rate.counted)  # twice the step: a bit less a weight
-        multiplier = max(multiplier, 1.0) if low < multiplier < high else math.sqrt(max(low, 1.0) * high)
+        multiplier = rate.multiplier(over=len(blob) - forecast_bytes)
     if not best:
-        raise UserError(f"no file fits the {room}B that ARTIFACT_LIMIT and the code leave; model.pt is kept, "
-                        "so try STAGES=quantize with fewer ATTN_BITS or MLP_BITS")
+        raise UserError(f"no file fits the {rate.room}B that ARTIFACT_LIMIT and the code leave; model.pt is "
+                        "kept, so try STAGES=quantize with fewer ATTN_BITS or MLP_BITS")
     return best, report
 
 
@@ -2573,11 +2576,9 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     needed = {name: [*p.shape] for name, p in model.state_dict().items()}
     require(claimed == needed, "its tensors are not those of its settings")
     config, tensors = unpack(blob)
-    scales = [t.scales for t in tensors.values() if isinstance(t, QuantizedTensor)]
     weights = {name: t.dequantize() if isinstance(t, QuantizedTensor) else t.float()
                for name, t in tensors.items()}
-    require(all(scale.ge(0).all() for scale in scales) and all(w.isfinite().all() for w in weights.values()),
-            "a weight is not finite, or a scale negative")
+    require(all(weight.isfinite().all() for weight in weights.values()), "a weight is not finite")
     model.load_state_dict(weights, strict=True, assign=True)
     return model.to(world.device), config.get("facts", {})
 
@@ -2731,7 +2732,7 @@ class Checkpoint:
                 self.step, line = step, f"checkpoint step:{step}"
             except UserError as error:
                 line = f"no checkpoint of step {step}: {error}"
-            self.run.world.barrier()  # no rank may end the others before the file is whole
+            self.run.world.max(0.0)  # no rank may end the others before the file is whole
             self.run.log(line)
 
     def load(self) -> int:
@@ -2866,7 +2867,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                 raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
 
     with on_stop(stops):
-        world.barrier()
+        world.max(0.0)
         clock.start()
         while True:
             # 3. what is known of finished steps
@@ -3005,7 +3006,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
                  trainer: ChunkTrainer | None = None) -> tuple[Score, dict]:
     """Score every position once with sliding windows, training on each chunk after it is scored.
 
-    Changes the model. Training stops in time for `seconds`; the other arguments are those of `evaluate`.
+    Changes the model. Training stops in time for `seconds`.
     """
     start, hp, positions, size = time.perf_counter(), model.hp, len(tokens) - 1, model.hp.ttt_chunk_tokens
     windows, chunks = sliding_windows(positions, hp.eval_seq_len, hp.eval_stride), -(-positions // size)
@@ -3017,7 +3018,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
         f"optimizer:{hp.ttt_optimizer} lr:{hp.ttt_lr} epochs:{hp.ttt_epochs} "
         f"batch:{hp.ttt_batch_seqs}x{hp.eval_seq_len}")
     progress, total, untrained_from = ProgressLine(log, "ttt", positions), Score(), None
-    scoring, training = [], []  # windows and seconds; seconds. What compiles, the first, forecasts nothing
+    scoring, training = [], []  # windows and seconds; seconds
     for chunk in range(chunks):
         part = parts.get(chunk, [])
         for some in (part[:len(part) // 4], part[len(part) // 4:]) if chunk == 0 else (part,):
@@ -3034,7 +3035,7 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
             break
         done, seconds_of_them = map(sum, zip(*scoring[1:]))
         per_window = seconds_of_them / max(done, 1)
-        # a pass over a chunk computes as long as three times its sequences do in scoring
+        # a pass over a chunk takes three times what scoring its sequences does
         one_more = max(training, default=3 * hp.ttt_epochs * size / hp.eval_seq_len * per_window)
         ahead = (len(windows) - done - scoring[0][0]) * per_window + one_more
         finish = world.max(elapsed + 1.1 * ahead)
@@ -3224,7 +3225,7 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
         packed = compress(run, weights)
         run.write("artifact.bin", packed.blob)
         run.record(packed.found)
-        world.barrier()
+        world.max(0.0)
     del weights  # what is scored comes from the file alone
     if "evaluate" in stages:
         blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
