@@ -1118,7 +1118,7 @@ def row_scales(weight: Tensor, max_code: int, multiplier: float | Tensor = 1.0) 
 
 def storable(scales: Tensor) -> Tensor:
     """Scales as the artifact will hold them."""
-    return scales.half().float().clamp_min(SCALE_FLOOR)
+    return scales.clamp_max(65504.0).half().float().clamp_min(SCALE_FLOOR)
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, max_code: int,

@@ -1,10 +1,11 @@
 """What the parts of STEP_RULE=water are worth on trained models, as a Markdown table.
 
-    python records/steps.py logs/RUN [logs/RUN ...] --bits 3
+    python records/steps.py logs/RUN [logs/RUN ...] --bits 3         the matrices alone, tables as trained
+    python records/steps.py logs/RUN [logs/RUN ...] --bytes 1000000  the whole model in a file of that size
 
-Each run is one of STAGES=train without QAT. Its matrices are quantised by the script's own functions, one of
-Each run is one of STAGES=train without QAT. Its matrices are quantised by the functions of the script, one of
-side by side. The cost is the difference to the weights as trained, in bpb.
+Each run is one of STAGES=train without QAT. It is quantised by the script's own functions, one of which a row
+of the table replaces, at equal packed bytes, side information included, and scored with windows side by side.
+The cost is the difference to the weights as trained, in bpb.
 """
 
 from __future__ import annotations
@@ -103,6 +104,22 @@ VARIANTS = {  # row: the rule, and what is replaced
 }
 
 
+def share(f: float) -> Callable:
+    """Rows of tables with f times the mean row's curvature added, in place of once."""
+    return lambda rows: rows + (f - 1) / 2 * rows.mean()
+
+
+FILES = {  # row: the rule, and what becomes of the curvature of tables' rows; None: it is not looked at
+    "absmax": ("absmax", None),
+    "sigma (SDClip)": ("sigma", None),
+    "water, tables int8": ("water", None),
+    "water, rows of a table alike": ("water", lambda rows: rows.mean().expand_as(rows)),
+    "water": ("water", share(1.0)),
+    "water, rarest rows coarser (0.3)": ("water", share(0.3)),
+    "water, rarest rows finer (3)": ("water", share(3.0)),
+}
+
+
 class Trained:
     """A run's trained weights, and what quantising and scoring them needs."""
 
@@ -139,26 +156,30 @@ class Trained:
         return tg.evaluate(self.model(weights), found.tokens, found.byte_counts, windows, self.world,
                            batch).val_bpb
 
-    def cost(self, rule: str, bits: float) -> float:
-        """What quantised matrices add, at so many bits a weight."""
-        tg, changes = script(), dict(step_rule=rule, attn_bits=8, mlp_bits=8, target_bits=bits)
+    def cost(self, rule: str, rows: Callable | None = None, **size: float) -> float:
+        """What a file of a size adds, or of matrices alone where that is target_bits."""
+        tg, changes = script(), dict(step_rule=rule, attn_bits=8, mlp_bits=8) | size
         model, clock = self.model(self.weights, **changes), tg.Budget("training", self.world, 0.0)
         run = tg.Run(model.hp, self.world, tg.RunLog(None), Path(), 0, clock, clock, {})
-        hessians = self.hessians["water" if rule == "water" else "absmax"]
+        hessians = dict(self.hessians["water" if rule == "water" else "absmax"])
+        for name in hessians.keys() & model.max_codes("embed").keys():
+            given = hessians.pop(name)
+            hessians |= {name: rows(given)} if rows else {}
         blob, _ = tg.fit_artifact(run, model, self.weights, hessians, {})
-        matrices = {name: tensor.dequantize() for name, tensor in tg.unpack(blob)[1].items()
-                    if name in model.max_codes("matrix")}
-        return self.score(self.weights | matrices) - self.float
+        packed = {name: t.dequantize() if isinstance(t, tg.QuantizedTensor) else t.float()
+                  for name, t in tg.unpack(blob)[1].items()}
+        whole = packed if "artifact_limit" in size else {
+            name: packed[name] for name in model.max_codes("matrix")}
+        return self.score(self.weights | whole) - self.float
 
 
-def table(folders: list[Path], bits: float) -> str:
+def table(folders: list[Path], variants: dict[str, Callable[[Trained], float]]) -> str:
     """The costs in Markdown, with their mean and its ratio to the first row's."""
     trained = [Trained(folder) for folder in tqdm(folders, desc="calibrate", leave=False, disable=None)]
     head = ("variant", *(f"seed {each.seed}" for each in trained), "mean", "of absmax")
     lines, base = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)], None
-    for name, (rule, change) in tqdm(VARIANTS.items(), desc="variants", leave=False, disable=None):
-        with change():
-            costs = [each.cost(rule, bits) for each in trained]
+    for name, cost in tqdm(variants.items(), desc="variants", leave=False, disable=None):
+        costs = [cost(each) for each in trained]
         mean = fmean(costs)
         base = mean if base is None else base
         cells = (*(f"{cost:+.5f}" for cost in costs), f"{mean:+.5f}", f"{mean / base:.2f}")
@@ -166,15 +187,30 @@ def table(folders: list[Path], bits: float) -> str:
     return "\n".join(lines)
 
 
+def of_matrices(rule: str, change: Callable, bits: float) -> Callable[[Trained], float]:
+    """A row of VARIANTS."""
+    def cost(trained: Trained) -> float:
+        with change():
+            return trained.cost(rule, target_bits=bits)
+
+    return cost
+
+
 def program() -> None:
     """The command line."""
     parser = shared.parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of trained runs")
-    parser.add_argument("--bits", type=float, default=3.0, help="a weight's, in the file (%(default)s)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--bits", type=float, default=3.0, help="of a matrix weight in the file (%(default)s)")
+    size.add_argument("--bytes", type=int, help="of the file")
     arguments = parser.parse_args()
     if not 1 <= arguments.bits <= 8:
         raise Mistake("--bits must lie between 1 and 8")
-    print(table(arguments.runs, arguments.bits))
+    variants = {name: of_matrices(*what, arguments.bits) for name, what in VARIANTS.items()}
+    if arguments.bytes:
+        variants = {name: lambda trained, what=what: trained.cost(*what, artifact_limit=arguments.bytes)
+                    for name, what in FILES.items()}
+    print(table(arguments.runs, variants))
 
 
 if __name__ == "__main__":

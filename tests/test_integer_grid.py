@@ -110,6 +110,7 @@ def test_the_largest_code_of_a_symmetric_grid(tiny_hp, bits, max_code):
 
 def test_storable_scales_are_what_fp16_gives_back_and_never_zero():
     scales = torch.cat((torch.logspace(-12, 4, 400), torch.zeros(1)))
+    assert tg.storable(torch.tensor([1e6])).item() == 65504  # not infinite
     stored = tg.storable(scales)
     expected = np.maximum(scales.numpy().astype(np.float16).astype(np.float32), 2.0**-24)
     assert np.array_equal(stored.numpy(), expected) and torch.equal(tg.storable(stored), stored)

@@ -25,7 +25,7 @@ def run(arguments, monkeypatch, capsys):
     return status, *capsys.readouterr()
 
 
-def test_every_variant_changes_the_cost(folder, monkeypatch, capsys):
+def test_every_variant_changes_the_file(folder, monkeypatch, capsys):
     kept = {name: getattr(tg, name) for name in ("water_columns", "inverse_cholesky", "act_order")}
     rule, kinds = tg.STEP_RULES["water"], {}
     for name, (which, change) in steps.VARIANTS.items():  # the last of each kind
@@ -33,15 +33,34 @@ def test_every_variant_changes_the_cost(folder, monkeypatch, capsys):
     monkeypatch.setattr(
         steps, "VARIANTS", {name: what for name, what in steps.VARIANTS.items() if name in kinds.values()}
     )
-    status, out, _ = run([folder, "--bits", "2.5"], monkeypatch, capsys)
+    fit, files = tg.fit_artifact, []
+
+    def watched(*given):
+        found = fit(*given)
+        files.append(found[0])
+        return found
+
+    monkeypatch.setattr(tg, "fit_artifact", watched)
+    status, out, _ = run([folder, "--bits", "5"], monkeypatch, capsys)
     assert status == 0
     lines = [line.strip("| ").split(" | ") for line in out.splitlines()]
     costs = {cells[0]: float(cells[-2]) for cells in lines[2:]}
     assert costs.keys() == steps.VARIANTS.keys() and lines[0][1] == "seed 1337"
-    assert len({*costs.values()}) == len(costs) == 9, costs
+    assert len({*files}) == len(files) == len(costs) == 9
     assert re.fullmatch(r"[-+]0\.\d{5}", lines[2][-2]) and lines[2][-1] == "1.00"
     assert all(getattr(tg, name) is function for name, function in kept.items())
     assert tg.STEP_RULES["water"] is rule
+
+
+def test_every_way_of_the_tables_changes_the_cost(folder, monkeypatch, capsys):
+    status, out, _ = run([folder, "--bytes", "86000"], monkeypatch, capsys)
+    costs = {
+        cells[0]: float(cells[-2])
+        for cells in (line.strip("| ").split(" | ") for line in out.splitlines()[2:])
+    }
+    assert status == 0 and costs.keys() == steps.FILES.keys()
+    assert len({*costs.values()}) == len(costs), costs
+    assert costs["water"] < min(costs["absmax"], costs["sigma (SDClip)"], costs["water, tables int8"])
 
 
 def test_mistakes(folder, tmp_path, monkeypatch, capsys):
