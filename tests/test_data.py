@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -485,20 +484,6 @@ def test_a_piece_of_more_than_255_bytes_is_charged_in_full(checked, corpus, tmp_
     found = validation_of(corpus, DATA_PATH=str(tmp_path), TOKENIZER_PATH=str(path))
     assert found.byte_counts.tolist() == (([300] * 100 + [0]) * 3)[: len(found.byte_counts)]
     assert found.bytes > 255 * 250
-
-
-def test_the_tokenizer_that_meta_json_names_is_the_only_one(corpus, tmp_path):
-    """By its SHA-256: another place of the same file is fine."""
-    write_shard(tmp_path / "fineweb_val_000000.bin", tg.read_split(corpus["DATA_PATH"], "val")[0])
-    own, name = Path(corpus["TOKENIZER_PATH"]).read_bytes(), "tokenizers/own.model"
-    for digest, right in ((hashlib.sha256(own).hexdigest(), True), ("0" * 64, False)):
-        meta = {"corpus": "pydoc", "tokenizer": name, "files": {name: {"bytes": len(own), "sha256": digest}}}
-        (tmp_path / "meta.json").write_text(json.dumps(meta))
-        if right:
-            assert validation_of(corpus, DATA_PATH=str(tmp_path)).corpus == "pydoc"
-        else:
-            with pytest.raises(tg.UserError, match="is not tokenizers/own.model.*TOKENIZER_PATH"):
-                validation_of(corpus, DATA_PATH=str(tmp_path))
 
 
 def test_a_long_document_may_be_cut_inside_a_character(checked):

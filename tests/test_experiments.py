@@ -76,7 +76,11 @@ def test_run_ids_and_settings_of_the_studies():
         f"ablation-{n}" for n in ex.ABLATIONS
     }
     trained = {what.label for _, what, _ in ex.QAT}
-    assert {label for label in ours if label.startswith("qat") and "int" not in label} == trained
+    rounded = {what.label for study in ("qat", "quantizers") for what in ex.STUDIES[study][0]}
+    rounded |= {what.label for study in ("steps", "steps-after-qat") for what in ex.STUDIES[study][0]}
+    assert {label for label in ours if label.startswith("qat")} - rounded == trained
+    three = ours["qat-none-water-3.0"]
+    assert (three["STEP_RULE"], three["TARGET_BITS"], three["MLP_BITS"]) == ("water", "3.0", "8")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Watched(tg.World):
         return super().autocast()
 
     def sum_(self, tensor):
-        if tensor.dtype == torch.int8:
+        if tensor.dtype == torch.int8 and tensor.ndim == 3:  # codes of a stack, and not its columns
             self.call("quantised")
         return super().sum_(tensor)
 
