@@ -25,6 +25,7 @@ def run(arguments, monkeypatch, capsys):
     return status, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_every_variant_changes_the_file(folder, monkeypatch, capsys):
     kept = {name: getattr(tg, name) for name in ("water_columns", "inverse_cholesky", "act_order")}
     rule, kinds = tg.STEP_RULES["water"], {}
@@ -53,6 +54,8 @@ def test_every_variant_changes_the_file(folder, monkeypatch, capsys):
 
 
 def test_every_way_of_the_tables_changes_the_cost(folder, monkeypatch, capsys):
+    some = ("absmax", "water, tables int8", "water")
+    monkeypatch.setattr(steps, "FILES", {name: steps.FILES[name] for name in some})
     status, out, _ = run([folder, "--bytes", "86000"], monkeypatch, capsys)
     costs = {
         cells[0]: float(cells[-2])
@@ -60,7 +63,7 @@ def test_every_way_of_the_tables_changes_the_cost(folder, monkeypatch, capsys):
     }
     assert status == 0 and costs.keys() == steps.FILES.keys()
     assert len({*costs.values()}) == len(costs), costs
-    assert costs["water"] < min(costs["absmax"], costs["sigma (SDClip)"], costs["water, tables int8"])
+    assert costs["water"] < min(costs["absmax"], costs["water, tables int8"])
 
 
 def test_mistakes(folder, tmp_path, monkeypatch, capsys):
