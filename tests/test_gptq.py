@@ -88,7 +88,7 @@ def test_equals_the_reference_on_the_same_scales(shape, max_code):
 
 
 @pytest.mark.parametrize("rule", tg.STEP_RULES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
 def test_equals_the_reference_on_the_steps_of_every_rule(rule, shape):
     weight, hessian = some_weight(*shape), hessian_of(correlated_inputs(shape[1]))
     multiplier = {"sigma": 2.0, "water": 2.0**13}.get(rule, 0.6)
