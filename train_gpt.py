@@ -2524,7 +2524,7 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
                  facts: dict, passes: int = 6) -> tuple[bytes, dict]:
     """The file that fills what the code leaves, and the quantiser's report."""
     rate, best = Rate(model, weights, run.room, hessians), b""
-    multiplier = rate.multiplier()
+    multiplier = run.world.max(rate.multiplier())
     for _ in range(passes):
         tensors, errors = quantize_model(model, weights, hessians, run.world, multiplier)
         blob, forecast_bytes = pack(artifact_config(run.hp, facts), tensors), rate.bytes(multiplier)
@@ -2534,7 +2534,7 @@ def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: 
             best, report = blob, errors | {"multiplier": multiplier}
         if best and (multiplier == 1.0 or len(best) > rate.room - rate.spare):
             break
-        multiplier = rate.multiplier(over=len(blob) - forecast_bytes)
+        multiplier = run.world.max(rate.multiplier(over=len(blob) - forecast_bytes))
     if not best:
         raise UserError(f"no file fits the {rate.room}B that ARTIFACT_LIMIT and the code leave; model.pt is "
                         "kept, so try STAGES=quantize with fewer ATTN_BITS or MLP_BITS")
@@ -2612,7 +2612,7 @@ def on_stop(heard: list[str] | None = None) -> Iterator[None]:
 
 
 class Stepper:
-    """Data, compiled model, flat parameters, optimisers and fake quantiser of a step."""
+    """Data, compiled model, parameters, optimisers, fake quantiser."""
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
