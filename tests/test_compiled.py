@@ -24,9 +24,9 @@ SMALL = {
 }  # fmt: skip
 RUNS = {  # settings; graphs of a step, attention's two included, and with scoring
     "pr606": ({"VE_DIM": "32"}, 10, 11),
-    "pr606 of 4 layers": ({"VE_DIM": "32", "NUM_LAYERS": "4", "XSA_LAST_N": "4", "VE_LAYERS": "2,3"}, 10, 11),
-    "pr601 of 3 layers": (
-        {"NUM_KV_HEADS": "2", "NUM_LAYERS": "3", "XSA_LAST_N": "2", "TTT_ENABLED": "1"},
+    "pr606 of 2 layers": ({"VE_DIM": "32", "NUM_LAYERS": "2", "XSA_LAST_N": "2", "VE_LAYERS": "0,1"}, 10, 11),
+    "pr601 of 2 layers": (
+        {"NUM_KV_HEADS": "2", "NUM_LAYERS": "2", "XSA_LAST_N": "1", "TTT_ENABLED": "1"},
         13,
         15,
     ),

@@ -377,7 +377,7 @@ def test_a_thousand_hostile_environments():
 
 
 @pytest.mark.whole
-def test_a_thousand_forged_headers(packed, tiny_hp):
+def test_forged_headers(packed, tiny_hp):
     """With a checksum that holds: refused in one line, or a model that is finite and of its settings."""
     blob, dice, world, taken = (
         (packed / "logs/run/artifact.bin").read_bytes(),
@@ -386,7 +386,7 @@ def test_a_thousand_forged_headers(packed, tiny_hp):
         0,
     )
     header, end = tg.read_header(blob)
-    for count in range(1000):
+    for count in range(240):
         if count % 4 == 0:
             assert_sound(forged(lambda made: made.update({key: spoil(made[key], dice) for key in made})))
             continue
@@ -401,7 +401,7 @@ def test_a_thousand_forged_headers(packed, tiny_hp):
             taken += 1
         except tg.UserError as error:
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 400
-    assert 0 < taken < 400  # what is a fact or a number within its bounds
+    assert 0 < taken < 96  # what is a fact or a number within its bounds
 
 
 OWN_FILES = {

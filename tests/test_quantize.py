@@ -637,16 +637,18 @@ def test_a_limit_that_nothing_meets_is_one_clear_error(given, limit, code_bytes)
 
 
 @pytest.mark.whole
-def test_a_pr606_sized_model_fits_by_the_rate_alone():
-    """33.6 M Gaussian weights end 0.3 % below the limit at most, close to their codes' entropy."""
-    hp = tg.Hyperparameters.from_env({"PRESET": "pr606", "DEVICE": "cpu", "QUANTIZER": "rtn"})
+def test_a_model_of_pr606_s_layers_fits_by_the_rate_alone():
+    """Three of them, of Gaussian weights: 0.3 % below the limit at most, close to their codes' entropy."""
+    three = {"NUM_LAYERS": "3", "VE_LAYERS": "1,2"}
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr606", "DEVICE": "cpu", "QUANTIZER": "rtn", **three})
     shapes = {name: p.shape for name, p in described(hp).named_parameters()}
     g, zeros = torch.Generator().manual_seed(0), {n: torch.zeros(n, n) for n in (512, 1792)}
     weights = {name: torch.randn(shape, generator=g).mul_(0.05) for name, shape in shapes.items()}
     hessians = {name: zeros[shape[1]] for name, shape in shapes.items() if name.endswith(PARTS)}
     model = Given(hp, weights, hessians)
-    blob, report, sizes = model.fit(16_000_000 - 170_000, 170_000)
-    assert 0.997 * 16_000_000 < len(blob) + 170_000 <= 16_000_000
+    room = 5_300_000
+    blob, report, sizes = model.fit(room, 170_000)
+    assert 0.997 * room < len(blob) <= room
     assert len(sizes) <= 2 and 1 < report["multiplier"] < 3
     tensors = tg.unpack(blob)[1]
     codes = {
@@ -654,10 +656,10 @@ def test_a_pr606_sized_model_fits_by_the_rate_alone():
         for role in ("attn", "mlp", "embed")
     }
     count = {role: sum(t.codes.numel() for t in group) for role, group in codes.items()}
-    assert count["attn"] + count["mlp"] == 31_719_424
+    assert count["attn"] + count["mlp"] == 3 * 31_719_424 // 11
     bound = sum(entropy(group) * count[role] / 8 for role, group in codes.items())
     beside = sum(2 * (t.scales if isinstance(t, tg.QuantizedTensor) else t).numel() for t in tensors.values())
-    assert len(blob) <= 1.007 * bound + beside + 40_000
+    assert len(blob) <= 1.007 * bound + beside + 20_000
 
 
 def test_at_equal_entropy_the_rate_is_better_than_a_floor_on_scales():

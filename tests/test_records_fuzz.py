@@ -22,7 +22,7 @@ from test_report import TECHNIQUES, metrics, result_of
 
 import train_gpt as tg
 
-MUTANTS = 1200
+MUTANTS = 600
 DRAWN = 200  # one in so many is drawn, too
 READERS = {
     "result.json": ("report", "reports", "summary", "submit", "compare", "audit"),
