@@ -2232,6 +2232,7 @@ LEVEL = 22  # of zstd, for what is not codes
 RANS = ("attn.", "mlp.")  # sections of Gaussian codes; in the rest there are matches to find
 SHARES = 1 << 14  # that a class's frequencies add up to
 LANES, CLASSES = 1 << 12, 20  # states and classes, at most
+COARSEST = 1e7  # multiplier of the steps: every code is zero
 SPARE = 0.003  # of what is left for the matrices may stay empty; a forecast aims at half of it
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
@@ -2490,7 +2491,11 @@ class Rate:
         self.side = size({**begin, **side}, level) - fixed  # what the matrices need beside their codes
         self.rest = (lambda multiplier: size(rest(multiplier), level)) if tables else lambda _: fixed
         self.room = min(room, fixed + int(hp.target_bits * counted / 8) if hp.target_bits else room)
-        self.spare = max(self.room - self.rest(1e7), 0) * SPARE
+        self.spare = max(self.room - self.rest(COARSEST), 0) * SPARE
+        self.limit = self.room - self.spare / 2
+        if self.bytes(COARSEST) > self.limit:
+            raise UserError(f"no step fits the {self.room}B that the code and ARTIFACT_LIMIT or TARGET_BITS "
+                            "leave; lower VOCAB_SIZE or MODEL_DIM")
 
     def bytes(self, multiplier: float) -> float:
         total, classes = self.side + self.rest(multiplier), []
@@ -2508,12 +2513,9 @@ class Rate:
 
     def multiplier(self, over: float = 0.0) -> float:
         """The smallest multiplier, from 1, to fit, where the forecast is so many bytes too low."""
-        low, high, limit = 1.0, 1.0, self.room - self.spare / 2 - over
-        while self.bytes(high) > limit:
+        low, high, limit = 1.0, 1.0, self.limit - over
+        while self.bytes(high) > limit and high < COARSEST:
             low, high = high, 2 * high
-            if high > 1e7:  # every code is zero by now
-                raise UserError(f"no step brings the model under the {limit:.0f}B that ARTIFACT_LIMIT, "
-                                f"TARGET_BITS and the code leave; lower VOCAB_SIZE or MODEL_DIM")
         while high - low > 1e-3 * low:
             middle = (low + high) / 2
             low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)

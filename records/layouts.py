@@ -152,14 +152,14 @@ def artifact_codes(path: Path) -> dict:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, tg.QuantizedTensor)}
 
 
-def entropy_bytes(tensors: Mapping) -> float:
-    """What an ideal order-0 coder of each role and width would need."""
+def entropy_bytes(tensors: Mapping, classes: bool = False) -> float:
+    """What an ideal order-0 coder of each role and width would need, or of each class of columns as well."""
     histograms: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        key, values = by_role_and_width(name, tensor), offset(tensor.codes.numpy(), tensor.max_code)
-        counts = np.bincount(values.ravel(), minlength=2 * tensor.max_code + 1)
+        key, (_, parts) = by_role_and_width(name, tensor), script().by_class(tensor.codes, tensor.max_code)
+        counts = script().histogram(parts if classes else [b"".join(parts)])
         histograms[key] = histograms.get(key, 0) + counts
-    seen = [counts[counts > 0] for counts in histograms.values()]
+    seen = [row[row > 0] for counts in histograms.values() for row in counts]
     return sum(float(counts @ np.log2(counts.sum() / counts)) for counts in seen) / 8
 
 
@@ -184,8 +184,12 @@ def table(tensors: Mapping) -> str:
         cells = [cell(some, bound, blob) for some, bound in zip(frames, bounds)]
         lines.append(f"| {layout.name} | {' | '.join(cells)} | {seconds:.2f} |")
     counts = [sum(tensor.codes.numel() for tensor in part.values()) for part in parts]
-    return "\n".join([*lines, "", f"{counts[0]:,} codes of matrices, entropy {bounds[0]:,.0f} bytes; "
-                                  f"{counts[1]:,} codes of tables, entropy {bounds[1]:,.0f} bytes."])
+    known = entropy_bytes(parts[0], classes=True)  # and what the last row adds to it: tables, states, rounding
+    ratio = sum(map(len, frames[0])) / max(known, 1)
+    return "\n".join([
+        *lines, "", f"{counts[0]:,} codes of matrices, entropy {bounds[0]:,.0f} bytes, given the class of the "
+        f"column {known:,.0f} (the last row: {ratio:.4f}); "
+        f"{counts[1]:,} codes of tables, entropy {bounds[1]:,.0f} bytes."])
 
 
 def program() -> None:

@@ -121,6 +121,20 @@ def test_the_ratio_is_to_the_entropy_of_each_role_and_width(table):
     assert size(table["bits packed first"][0]) > 1.02 * size(table[next(layouts.layouts()).name][0])
 
 
+def test_the_entropy_of_classes_is_that_of_their_columns():
+    tensors = {name: t for name, t in some_tensors().items() if t.max_code == 15}
+    by_hand, pooled = 0.0, {}
+    for tensor in tensors.values():
+        classes, _ = tg.by_class(tensor.codes, 15)
+        for column, each in zip(tensor.codes.flatten(0, -2).T, classes.tolist()):
+            pooled.setdefault((tensor.role, each), []).append(column)
+    for columns in pooled.values():
+        share = torch.unique(torch.cat(columns), return_counts=True)[1].double()
+        by_hand -= float((share * (share / share.sum()).log2()).sum()) / 8
+    assert layouts.entropy_bytes(tensors, classes=True) == pytest.approx(by_hand)
+    assert by_hand < layouts.entropy_bytes(tensors)
+
+
 def test_gaussian_codes_are_a_pr606_models(monkeypatch):
     """Names, shapes and spread, on two layers in place of eleven."""
     preset = dict(tg.PRESETS["pr606"], num_layers=2, ve_layers=(0, 1), xsa_last_n=2)

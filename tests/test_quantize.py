@@ -363,12 +363,19 @@ def test_tables_give_way_in_a_small_file(given):
     for name in EMBEDDINGS:
         given.hessians[name] = torch.linspace(0.001, 1, len(given.weights[name])) ** 2
     changes = dict(step_rule="water", attn_bits=8, mlp_bits=8)
-    with pytest.raises(tg.UserError, match="no step brings"):
+    with pytest.raises(tg.UserError, match="no step fits"):
         plain.fit(room)
     blob, _, sizes = given.fit(room, **changes)
     assert 0.98 * room < len(blob) <= room and len(sizes) <= 6
     codes = tg.unpack(blob)[1]["tok_emb.weight"].codes.float()
     assert float(codes[-50:].square().mean()) > 2 * float(codes[:50].square().mean())
+
+
+def test_a_forecast_that_nothing_meets_is_the_coarsest_step(given):
+    """A file that was larger than its forecast by all that there is; one that fits may be kept already."""
+    room = len(given.packed(1.3))
+    rate = given.rate(room)
+    assert 1.0 < rate.multiplier() < 2.0 and tg.COARSEST <= rate.multiplier(over=room) < 2 * tg.COARSEST
 
 
 @pytest.mark.parametrize("rule", tg.STEP_RULES)
