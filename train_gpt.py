@@ -1711,17 +1711,18 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
 # clipping and reducing are one operation each, and a stack of equal matrices is a view.
 
 class FlatParameters:
-    """A model's parameters and gradients as two fp32 vectors; each parameter becomes a view."""
+    """The trained parameters of a model and their gradients as two vectors; each becomes a view."""
     SLOTS = ("loss", "clock", "stop")  # they end the gradients, and ride along when ranks reduce them
 
     def __init__(self, model: nn.Module):
         shape_and_name = lambda item: (tuple(item[1].shape), item[0])
-        self.parameters = dict(sorted(model.named_parameters(), key=shape_and_name))
+        trained = [item for item in model.named_parameters() if item[1].requires_grad]
+        self.parameters = dict(sorted(trained, key=shape_and_name))
         # a multiple of 64 bytes, so that every view is aligned
         self.sizes = {name: -(-p.numel() // 16) * 16 for name, p in self.parameters.items()}
         *starts, total = itertools.accumulate(self.sizes.values(), initial=0)
         self.offsets = dict(zip(self.parameters, starts))
-        self.reduced = torch.zeros(total + len(self.SLOTS), device=next(model.parameters()).device)
+        self.reduced = trained[0][1].data.new_zeros(total + len(self.SLOTS))
         self.grads, self.slots = self.reduced[:total], self.reduced[total:]
         self.slot = dict(zip(self.SLOTS, self.slots))
         self.weights = torch.zeros_like(self.grads)
@@ -2950,32 +2951,28 @@ def ttt_lr_scale(hp: Hyperparameters, chunk: int, chunks: int, step: int, steps:
 class ChunkTrainer:
     """Trains on scored chunks; batch and steps are the same on any number of ranks."""
     def __init__(self, model: GPT, hp: Hyperparameters, world: World):
-        self.model, self.hp, self.world = model, hp, world
-        self.parameters = ttt_parameters(model)
+        self.model, self.hp, self.world, self.steps = model, hp, world, 0
+        chosen = ttt_parameters(model)
         for name, p in model.named_parameters():
-            p.requires_grad_(name in self.parameters)
-        trained = [*self.parameters.values()]
+            p.requires_grad_(name in chosen)
+        self.flat = FlatParameters(model)
+        trained, self.start = [*self.flat.parameters.values()], self.flat.weights.clone()
         self.optimiser = torch.optim.AdamW(trained, hp.ttt_lr, weight_decay=0.0)
         if hp.ttt_optimizer == "sgd":
             self.optimiser = torch.optim.SGD(trained, hp.ttt_lr, momentum=hp.ttt_momentum)
-        self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.trained, self.steps = sum(p.numel() for p in self.parameters.values()), 0
+        self.trained = sum(p.numel() for p in trained)
         self.part = max(min(scoring_batch_tokens(hp, world), 16384) // hp.eval_seq_len, 1)  # 5 GB at pr606
 
     def gradients(self, batch: Tensor) -> None:
         """Of a batch's mean loss (B, T + 1), clipped to norm 1."""
-        mine, trained = self.world.shard(len(batch)), [*self.parameters.values()]
-        for p in trained:
-            p.grad = torch.zeros_like(p)
+        mine = self.world.shard(len(batch))
+        self.flat.reduced.zero_()
         for at in range(mine.start, mine.stop, self.part):
             part = batch[at: min(at + self.part, mine.stop)]
             with self.world.autocast():
                 loss = self.model(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (loss * (len(part) / len(batch))).backward()
-        whole = self.world.sum_(torch.cat([p.grad.flatten() for p in trained]))
-        for p, summed in zip(trained, whole.split([p.numel() for p in trained])):
-            p.grad = summed.view_as(p)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        clip_gradients(self.world.sum_(self.flat.grads), 1.0)
 
     @torch.enable_grad()
     def train(self, tokens: Tensor, first: int, end: int, chunk: int, chunks: int) -> None:
@@ -2991,16 +2988,14 @@ class ChunkTrainer:
                 group["lr"] = hp.ttt_lr * scale
             self.optimiser.step()
             self.steps += 1
-        checksum = torch.stack([p.detach().double().sum() for p in self.parameters.values()])
-        if not torch.isfinite(checksum).all():
+        if not math.isfinite(whole := self.flat.weights.double().sum().item()):
             raise UserError(f"test-time training diverged in chunk {chunk}; lower TTT_LR")
-        if world.max(whole := checksum.sum().item()) != -world.max(-whole):
+        if world.max(whole) != -world.max(-whole):
             raise UserError(f"the ranks' weights differ after TTT chunk {chunk}")
 
     def change(self) -> float:
         """Distance of the trained weights from their start, relative to that."""
-        moved = sum((p.detach() - self.start[name]).square().sum() for name, p in self.parameters.items())
-        return math.sqrt(moved / sum(p.square().sum() for p in self.start.values()))
+        return ((self.flat.weights - self.start).norm() / self.start.norm()).item()
 
 
 def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, log: RunLog,
