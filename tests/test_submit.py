@@ -313,6 +313,7 @@ def test_of_docstrings_the_script_s_own_stays():
 @pytest.mark.whole
 def test_the_packed_script_makes_the_same_run_and_counts_itself(packed, tmp_path, tiny):
     """Every stage, bit for bit; its log begins with it, so a submission holds it."""
+
     def result(name, script):
         done = run_script(tmp_path, tiny | {"RUN_ID": name, "ITERATIONS": "8"}, script=script)
         assert done.returncode == 0, done.stderr
