@@ -332,14 +332,6 @@ def test_only_one_leading_blank_is_taken_off(sp):
     assert count.tolist() == [6, 5]
 
 
-def test_a_nat_in_bits_per_byte():
-    """Three tokens of four bytes at a loss of ln 2 each are three bits: 0.75 a byte."""
-    counts = torch.tensor([4, 0, 0], dtype=torch.uint8)
-    assert tg.bpb_per_nat(counts) * math.log(2) == pytest.approx(0.75)
-    many = torch.full((1000,), 255, dtype=torch.uint8)  # whose sum is no uint8
-    assert tg.bpb_per_nat(many) * math.log(2) == pytest.approx(1 / 255)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Validation and tokenizer
 # ----------------------------------------------------------------------------------------------------------
