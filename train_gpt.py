@@ -1910,17 +1910,15 @@ def clip_gradients(grads: Tensor, limit: float) -> None:
 # step adds.
 
 class EMA:
-    """Exponential moving average, the first value divided out (arXiv:1412.6980, 3)."""
-    def __init__(self, tensor: Tensor, decay: float):
+    """Exponential moving average, the first value divided out (arXiv:1412.6980, 3); of decay 1 the mean."""
+    def __init__(self, tensor: Tensor, decay: float = 1.0):
         self.average, self.decay, self.count = tensor.detach().float().clone(), decay, 0
-
-    def share(self) -> float:
-        """Of the newest value."""
-        return (1 - self.decay) / (1 - self.decay ** self.count)
 
     def update(self, tensor: Tensor) -> None:
         self.count += 1
-        self.average.lerp_(tensor.detach().float(), self.share())
+        d = self.decay
+        newest = (1 - d) / (1 - d ** self.count) if d < 1 else 1 / self.count
+        self.average.lerp_(tensor.detach().float(), newest)
 
     def state_dict(self) -> dict:
         return {"average": self.average.cpu(), "count": self.count}
@@ -1932,11 +1930,6 @@ class EMA:
 
 class SWA(EMA):
     """Stochastic weight averaging, the mean of snapshots (arXiv:1803.05407)."""
-    def __init__(self, tensor: Tensor):
-        super().__init__(tensor, decay=1.0)
-
-    def share(self) -> float:
-        return 1 / self.count
 
 
 # ----------------------------------------------------------
