@@ -861,15 +861,6 @@ class Budget:
                     uncounted=self.uncounted)
 
 
-def merge(known: dict, found: Mapping) -> None:
-    """Put findings into what is known, recursively."""
-    for key, value in found.items():
-        if isinstance(value, Mapping) and isinstance(known.get(key), dict):
-            merge(known[key], value)
-        else:
-            known[key] = value
-
-
 @dataclass
 class Run:
     """What every stage is given."""
@@ -902,7 +893,9 @@ class Run:
             time.sleep(10)
 
     def record(self, found: Mapping) -> None:
-        merge(self.result, found)
+        """Put findings into result.json, those of one kind beside each other."""
+        for kind, value in found.items():
+            self.result[kind] = self.result.get(kind, {}) | value if isinstance(value, dict) else value
         self.write("result.json", json.dumps(self.result, indent=1).encode())
 
 

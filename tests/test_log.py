@@ -122,10 +122,12 @@ def test_only_rank_zero_writes(tmp_path):
     assert list(tmp_path.iterdir()) == [] and run.result["steps"] == 3
 
 
-def test_merging_goes_into_dictionaries_and_replaces_all_else():
-    known = {"a": {"x": 1, "y": {"z": 2}}, "b": [1], "c": None}
-    tg.merge(known, {"a": {"y": {"w": 3}, "x": {"deep": 1}}, "b": [2], "c": {"d": 4}, "e": 5})
-    assert known == {"a": {"x": {"deep": 1}, "y": {"z": 2, "w": 3}}, "b": [2], "c": {"d": 4}, "e": 5}
+def test_findings_of_one_kind_stand_beside_each_other_and_replace_all_else(tmp_path):
+    run = some_run(tmp_path)
+    run.result = {"a": {"x": 1, "y": 2}, "b": [1], "c": None, "d": 3}
+    run.record({"a": {"y": {"w": 3}, "z": None}, "b": [2], "c": 4, "e": {"f": 5}})
+    expected = {"a": {"x": 1, "y": {"w": 3}, "z": None}, "b": [2], "c": 4, "d": 3, "e": {"f": 5}}
+    assert run.result == json.loads((tmp_path / "result.json").read_text()) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------
