@@ -3046,7 +3046,7 @@ def record_score(run: Run, name: str, found: Score) -> None:
     run.log(f"final_{name} {found}")
 
 
-def train_stage(run: Run, validation: Validation) -> Trained:
+def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
     """Train, keep the weights in model.pt, score them."""
     hp, log, stream = run.hp, run.log, TokenStream(read_split(run.hp.data_path, "train"))
     log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
@@ -3058,15 +3058,11 @@ def train_stage(run: Run, validation: Validation) -> Trained:
     with run.training.phase("float", counted=False):
         found = score_split(run, model, validation, hp.eval_seq_len, "float")
     record_score(run, "float", found)
-    return trained
+    return trained.weights
 
 
-Packed = collections.namedtuple("Packed", "blob found")  # the file, and findings for result.json
-Scored = collections.namedtuple("Scored", "scores proofs")  # by name
-
-
-def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
-    """Calibrate on training tokens, quantise, pack; no weights: model.pt."""
+def compress(run: Run, weights: dict[str, Tensor] | None) -> None:
+    """Calibrate on training tokens, quantise, pack into artifact.bin; no weights: model.pt."""
     hp, world, log, path = run.hp, run.world, run.log, run.folder / "model.pt"
     with run.training.phase("load"), reading(path, "set what it trained with, or train again"):
         model = shell(hp)
@@ -3092,15 +3088,18 @@ def compress(run: Run, weights: dict[str, Tensor] | None = None) -> Packed:
     sections = byte_report(blob)
     for name, section in sections.items():
         log(f"bytes section:{name} {key_values(section)}")
-    return Packed(blob, {"proofs": {"quantizer": report}, "artifact": {
+    run.write("artifact.bin", blob)
+    run.record({"proofs": {"quantizer": report}, "artifact": {
         "model_bytes": len(blob), "code_bytes": run.code_bytes, "total_bytes": len(blob) + run.code_bytes,
         "limit": hp.artifact_limit, "codec": f"rans, zstd-{LEVEL}", "sections": sections,
         "sha256": sha256(blob)}})
+    world.max(0.0)  # the file is there for all ranks
 
 
-def score(run: Run, blob: bytes, validation: Validation) -> Scored:
+def score(run: Run, validation: Validation) -> None:
     """Rebuild the model from the artifact alone and score it."""
-    hp, world, clock, scores, proofs = run.hp, run.world, run.evaluation, {}, {}
+    hp, world, clock = run.hp, run.world, run.evaluation
+    blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
     with clock.phase("load"):
         model, _ = load_artifact(blob, hp, world)
         model.use(run.attend)
@@ -3108,15 +3107,17 @@ def score(run: Run, blob: bytes, validation: Validation) -> Scored:
     strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
     for name, stride in strides.items():
         with clock.phase(name):
-            scores[name] = score_split(run, model, validation, stride, name, scorer)
-        record_score(run, name, scores[name])
+            found = score_split(run, model, validation, stride, name, scorer)
+        record_score(run, name, found)
     if hp.ttt_enabled:
         with clock.phase("ttt"):
-            scores["ttt"], proofs["ttt"] = evaluate_ttt(
-                model, validation.tokens, validation.byte_counts, world, run.log, clock.left, scorer)
-        record_score(run, "ttt", scores["ttt"])
-        run.log.proof("ttt", proofs["ttt"])
-    return Scored(scores, proofs)
+            found, proof = evaluate_ttt(model, validation.tokens, validation.byte_counts, world, run.log,
+                                        clock.left, scorer)
+        record_score(run, "ttt", found)
+        run.log.proof("ttt", proof)
+        run.record({"proofs": {"ttt": proof}})
+    run.record({"scored_artifact_sha256": sha256(blob), "val_tokens": len(validation.byte_counts),
+                "val_bytes": validation.bytes})
 
 
 def check_machine(hp: Hyperparameters, world: World) -> None:
@@ -3200,18 +3201,12 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
         seed(hp.seed)
     stages, validation = hp.stages.split(","), Validation.load(hp, world)
     run = begin_run(hp, world, validation, cautions)
-    weights = train_stage(run, validation).weights if "train" in stages else None
+    weights = train_stage(run, validation) if "train" in stages else None
     if "quantize" in stages:
-        packed = compress(run, weights)
-        run.write("artifact.bin", packed.blob)
-        run.record(packed.found)
-        world.max(0.0)
+        compress(run, weights)
     del weights  # what is scored comes from the file alone
     if "evaluate" in stages:
-        blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
-        scored = score(run, blob, validation)
-        run.record({"proofs": scored.proofs, "scored_artifact_sha256": sha256(blob),
-                    "val_tokens": len(validation.byte_counts), "val_bytes": validation.bytes})
+        score(run, validation)
     for budget in (run.training, run.evaluation):
         if budget.counted:
             run.result["budget"][budget.name] = budget.report(run.log)
