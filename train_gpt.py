@@ -831,7 +831,7 @@ class Budget:
     """Seconds per phase on a clock of the challenge, and those that do not count."""
     def __init__(self, name: str, world: World, limit: float):
         self.name, self.world, self.limit = name, world, limit
-        self.counted, self.uncounted = {}, {}
+        self.counted, self.uncounted = collections.Counter(), collections.Counter()
 
     @contextlib.contextmanager
     def phase(self, name: str, counted: bool = True) -> Iterator[None]:
@@ -839,19 +839,16 @@ class Budget:
         start = time.perf_counter()
         yield
         self.world.synchronize()
-        self.add(name, self.world.max(time.perf_counter() - start), counted)
-
-    def add(self, name: str, seconds: float, counted: bool = True) -> None:
         phases = self.counted if counted else self.uncounted
-        phases[name] = phases.get(name, 0.0) + seconds
+        phases[name] += self.world.max(time.perf_counter() - start)
 
     @property
     def left(self) -> float:
-        return (self.limit or math.inf) - sum(self.counted.values())
+        return (self.limit or math.inf) - self.counted.total()
 
     def report(self, log: RunLog) -> dict:
         """Log the phases; returns what result.json holds."""
-        used, limit = sum(self.counted.values()), f"{self.limit:.0f}s" if self.limit else "none"
+        used, limit = self.counted.total(), f"{self.limit:.0f}s" if self.limit else "none"
         for phases, note in ((self.counted, ""), (self.uncounted, " (not counted)")):
             for phase, seconds in phases.items():
                 log(f"budget clock:{self.name} phase:{phase} seconds:{seconds:.1f}{note}")
@@ -2898,7 +2895,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                               f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
-    run.training.add("train", seconds)
+    run.training.counted["train"] = seconds
     tokens = step * hp.train_batch_tokens
     log(f"trained steps:{step} time:{seconds:.1f}s step_avg:{step_ms:.2f}ms tokens:{tokens} "
         f"peak_memory:{memory / 2**20:.0f}MiB")
@@ -3191,7 +3188,7 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
         run.record({})  # what was chosen is there for whoever resumes
     else:  # one clock over stages that run one at a time
         again = ("load", "calibrate", "quantise and pack") if "quantize" in stages else ()
-        run.training.counted = {name: seconds for name, seconds in earlier.items() if name not in again}
+        run.training.counted.update({name: earlier[name] for name in earlier if name not in again})
     return run
 
 

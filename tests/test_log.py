@@ -190,9 +190,9 @@ def test_a_phase_takes_as_long_as_on_the_slowest_rank():
 
 def test_a_ledger_tells_what_counts_and_what_is_left():
     budget, lines = tg.Budget("training", slowest(0.0), 250.0), []
-    budget.add("train", 150.0)
-    budget.add("warm-up", 1000.0, counted=False)
-    budget.add("train", 50.0)
+    budget.counted["train"] += 150.0
+    budget.uncounted["warm-up"] += 1000.0
+    budget.counted["train"] += 50.0
     assert budget.left == 50.0
     expected = {"counted": {"train": 200.0}, "uncounted": {"warm-up": 1000.0}}
     assert budget.report(lines.append) == expected | {"limit": 250.0, "used": 200.0, "within": True}
@@ -201,12 +201,12 @@ def test_a_ledger_tells_what_counts_and_what_is_left():
         "budget clock:training phase:warm-up seconds:1000.0 (not counted)",
         "budget clock:training used:200.0s limit:250s within:yes",
     ]
-    budget.add("pack", 50.5)
+    budget.counted["pack"] += 50.5
     assert not budget.report(lines.append)["within"] and lines[-1].endswith("limit:250s within:NO")
 
 
 def test_without_a_limit_there_is_no_end():
     budget, lines = tg.Budget("evaluation", slowest(0.0), 0.0), []
-    budget.add("ttt", 1e6)
+    budget.counted["ttt"] += 1e6
     assert budget.left == math.inf and budget.report(lines.append)["within"]
     assert lines[-1] == "budget clock:evaluation used:1000000.0s limit:none within:yes"
