@@ -34,7 +34,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import signal
@@ -293,7 +292,7 @@ class Hyperparameters:
     value_residual: bool = _model(False, "mix the first layer's V into every later one", off=False)
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
 
-    seed: int = _train(1337, "of Python, NumPy and torch", f"[0, {2 ** 32})")
+    seed: int = _train(1337, "of NumPy and torch", f"[0, {2 ** 32})")
     data_path: str = _train("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = _train("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     qk_gain_init: float = _train(1.5, "initial gain of the queries")
@@ -3194,8 +3193,7 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
 
 def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     """The stages that STAGES names."""
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(hp.seed)
+    torch.manual_seed(hp.seed)
     stages, validation = hp.stages.split(","), Validation.load(hp, world)
     run = begin_run(hp, world, validation, cautions)
     weights = train_stage(run, validation) if "train" in stages else None
