@@ -3134,9 +3134,8 @@ def check_machine(hp: Hyperparameters, world: World) -> None:
 
 def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
     """The run's folder, the same on every rank, with all that its stages read."""
-    stamp = world.broadcast_(torch.tensor(time.time(), dtype=torch.float64, device=world.device)).item()
-    when = datetime.fromtimestamp(stamp).strftime("%Y%m%d-%H%M%S")
-    folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when}")
+    when = datetime.fromtimestamp(world.max(time.time()))
+    folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when:%Y%m%d-%H%M%S}")
     taken, kept = (world.max(float((folder / name).exists())) for name in ("log.txt", "checkpoint.pt"))
     going_on = "continue it with RESUME=1, or " * bool(kept)
     if "train" in hp.stages and taken and not hp.resume:
@@ -3164,18 +3163,18 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
         log(line)
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} "
         f"val_bytes:{validation.bytes}")
-    path, known = folder / "result.json", {"bpb": {}, "val_loss": {}, "proofs": {}, "budget": {}}
+    path = folder / "result.json"
     with reading(path, "delete it, or choose another RUN_ID"):
-        known |= parse_json(path.read_bytes()) if path.is_file() else {}
-        known |= {name: dict(known[name]) for name in ("bpb", "val_loss", "proofs", "budget", "artifact")
-                  if name in known}
+        known = parse_json(path.read_bytes()) if path.is_file() else {}
+        for kind in ("bpb", "val_loss", "proofs", "budget", "artifact"):
+            known[kind] = dict(known.get(kind, {}))
         earlier = known["budget"].get("training", {}).get("counted", {})
         earlier = {name: float(seconds) for name, seconds in earlier.items()}
     log(choose_dtype(hp, world, known.get("dtype")))
     attention, attend = choose_attention(hp, world, wants_compile(hp, world), log)
     log(f"attention:{attention}")
     settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
-                "settings": dataclasses.asdict(hp), "started": datetime.now().isoformat(timespec="seconds")}
+                "settings": vars(hp), "started": datetime.now().isoformat(timespec="seconds")}
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
               Budget("evaluation", world, hp.eval_seconds), settings | known | {
         "script_sha256": sha256(source), "corpus": validation.corpus, "attention": attention,
@@ -3206,9 +3205,9 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
         if budget.counted:
             run.result["budget"][budget.name] = budget.report(run.log)
     run.record({"bpb": dict.fromkeys(("float", "roundtrip", "sliding", "ttt")) | run.result["bpb"]})
-    if sizes := run.result.get("artifact"):
-        model, code, total, limit = map(sizes.get, ("model_bytes", "code_bytes", "total_bytes", "limit"))
-        run.log(f"artifact model:{model}B code:{code}B total:{total}B limit:{limit}B")
+    if sizes := run.result["artifact"]:
+        line = "artifact model:{model_bytes}B code:{code_bytes}B total:{total_bytes}B limit:{limit}B"
+        run.log(line.format_map(sizes))
     if wants_compile(hp, world):
         log_compiler(run.log)
     run.log(f"files:{run.folder}")
