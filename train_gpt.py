@@ -897,12 +897,12 @@ class Run:
 
 class ProgressLine:
     """Now and then a log line with score, speed and time left."""
-    def __init__(self, log: RunLog, name: str, total: int, every: float = 15.0):
-        self.log, self.name, self.total, self.every = log, name, total, every
+    def __init__(self, log: RunLog, name: str, total: int):
+        self.log, self.name, self.total = log, name, total
         self.start = self.last = time.perf_counter()
 
     def due(self) -> bool:
-        return time.perf_counter() - self.last > self.every
+        return time.perf_counter() - self.last > 15.0
 
     def __call__(self, done: int, val_bpb: float, extra: str = "") -> None:
         elapsed = time.perf_counter() - self.start
@@ -3154,7 +3154,7 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
 
 def begin_run(hp: Hyperparameters, world: World, validation: Validation, cautions: list[str]) -> Run:
     """Folder, log and ledgers; the log begins with all that repeats the run."""
-    source, stages = Path(__file__).read_bytes(), hp.stages.split(",")
+    source = Path(__file__).read_bytes()
     folder = open_run(hp, world, validation.table)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
@@ -3179,13 +3179,13 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
               Budget("evaluation", world, hp.eval_seconds), settings | known | {
         "script_sha256": sha256(source), "corpus": validation.corpus, "attention": attention,
         "data_path": hp.data_path, "hardware": world.hardware(), "world_size": world.size}, attend)
-    if "evaluate" in stages:
+    if "evaluate" in hp.stages:
         run.result["scored_with"] = settings
-    if "train" in stages:
+    if "train" in hp.stages:
         run.result |= settings
         run.record({})  # what was chosen is there for whoever resumes
     else:  # one clock over stages that run one at a time
-        again = ("load", "calibrate", "quantise and pack") if "quantize" in stages else ()
+        again = ("load", "calibrate", "quantise and pack") if "quantize" in hp.stages else ()
         run.training.counted.update({name: earlier[name] for name in earlier if name not in again})
     return run
 
@@ -3193,13 +3193,13 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
 def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
     """The stages that STAGES names."""
     torch.manual_seed(hp.seed)
-    stages, validation = hp.stages.split(","), Validation.load(hp, world)
+    validation = Validation.load(hp, world)
     run = begin_run(hp, world, validation, cautions)
-    weights = train_stage(run, validation) if "train" in stages else None
-    if "quantize" in stages:
+    weights = train_stage(run, validation) if "train" in hp.stages else None
+    if "quantize" in hp.stages:
         compress(run, weights)
     del weights  # what is scored comes from the file alone
-    if "evaluate" in stages:
+    if "evaluate" in hp.stages:
         score(run, validation)
     for budget in (run.training, run.evaluation):
         if budget.counted:
@@ -3217,7 +3217,7 @@ def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[st
     """Settings, and what ranks must have alike: these or what is wrong with them, script, and data."""
     try:
         hp = Hyperparameters.from_env(env)
-        artifact = Path(hp.artifact or Path("logs") / hp.run_id / "artifact.bin")
+        artifact = Path(hp.artifact or f"logs/{hp.run_id}/artifact.bin")
         if hp.stages == "evaluate":
             with reading(artifact, "run STAGES=train,quantize first, or set ARTIFACT or RUN_ID"):
                 hp = settings_for(artifact.read_bytes(), env)

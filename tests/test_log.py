@@ -66,7 +66,7 @@ def test_a_terminal_gets_one_status_line_that_the_next_line_replaces(log, tmp_pa
 
 def test_progress_lines_give_score_speed_and_the_time_left():
     lines = []
-    progress = tg.ProgressLine(lines.append, "sliding", 3000, every=60.0)
+    progress = tg.ProgressLine(lines.append, "sliding", 3000)
     assert not progress.due()
     progress.start -= 1000.0
     progress.last -= 1000.0
