@@ -712,8 +712,8 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
 
 # ----------------------------------------------------------
 # 3 Run log
-# Lines and metrics of rank 0, the training clock, a ledger for each of the challenge's two budgets. `Run`
-# carries them from stage to stage.
+# Lines and metrics of rank 0, the training clock, ledgers of the challenge's two budgets, and the `Run`
+# that carries them.
 
 def write_atomically(path: Path, data: bytes) -> None:
     """A file, whole or not at all."""
@@ -811,7 +811,7 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
-        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
+        return self.before + (time.perf_counter() - self.started if self.started else 0.0)
 
     def at(self, step: int) -> float:
         return self.agreed * step / self.agreed_step if self.agreed_step else 0.0
@@ -889,7 +889,7 @@ class Run:
             time.sleep(10)
 
     def record(self, found: Mapping) -> None:
-        """Put findings into result.json, those of one kind beside each other."""
+        """Findings into result.json, beside others of their kind."""
         for kind, value in found.items():
             self.result[kind] = self.result.get(kind, {}) | value if isinstance(value, dict) else value
         self.write("result.json", json.dumps(self.result, indent=1).encode())
@@ -3089,7 +3089,7 @@ def compress(run: Run, weights: dict[str, Tensor] | None) -> None:
         "model_bytes": len(blob), "code_bytes": run.code_bytes, "total_bytes": len(blob) + run.code_bytes,
         "limit": hp.artifact_limit, "codec": f"rans, zstd-{LEVEL}", "sections": sections,
         "sha256": sha256(blob)}})
-    world.max(0.0)  # the file is there for all ranks
+    world.max(0.0)  # there for all ranks
 
 
 def score(run: Run, validation: Validation) -> None:
@@ -3097,8 +3097,7 @@ def score(run: Run, validation: Validation) -> None:
     hp, world, clock = run.hp, run.world, run.evaluation
     blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
     with clock.phase("load"):
-        model, _ = load_artifact(blob, hp, world)
-        model.use(run.attend)
+        model = load_artifact(blob, hp, world)[0].use(run.attend)
     scorer = compiled(token_losses) if wants_compile(hp, world) else token_losses
     strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
     for name, stride in strides.items():
@@ -3136,7 +3135,7 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
     """The run's folder, the same on every rank, with all that its stages read."""
     when = datetime.fromtimestamp(world.max(time.time()))
     folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when:%Y%m%d-%H%M%S}")
-    taken, kept = (world.max(float((folder / name).exists())) for name in ("log.txt", "checkpoint.pt"))
+    taken, kept = (world.max((folder / name).exists()) for name in ("log.txt", "checkpoint.pt"))
     going_on = "continue it with RESUME=1, or " * bool(kept)
     if "train" in hp.stages and taken and not hp.resume:
         raise UserError(f"{folder} exists; {going_on}choose another RUN_ID")
@@ -3183,7 +3182,7 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
         run.result["scored_with"] = settings
     if "train" in hp.stages:
         run.result |= settings
-        run.record({})  # what was chosen is there for whoever resumes
+        run.record({})  # whoever resumes finds what was chosen
     else:  # one clock over stages that run one at a time
         again = ("load", "calibrate", "quantise and pack") if "quantize" in hp.stages else ()
         run.training.counted.update({name: earlier[name] for name in earlier if name not in again})
