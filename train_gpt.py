@@ -896,7 +896,7 @@ class Run:
 
 
 class ProgressLine:
-    """Now and then a log line with score, speed and time left."""
+    """Now and then a line of score, speed and time left."""
     def __init__(self, log: RunLog, name: str, total: int):
         self.log, self.name, self.total = log, name, total
         self.start = self.last = time.perf_counter()
@@ -1895,7 +1895,7 @@ def clip_gradients(grads: Tensor, limit: float) -> None:
 
 # ----------------------------------------------------------
 # 9 Averaging
-# The average of late weights is better than the last weights. It is kept in fp32: bf16 would lose what a
+# The average of late weights is better than the last weights, and kept in fp32: bf16 would lose what a
 # step adds.
 
 class EMA:
@@ -3044,8 +3044,8 @@ def record_score(run: Run, name: str, found: Score) -> None:
 
 def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
     """Train, keep the weights in model.pt, score them."""
-    hp, log, stream = run.hp, run.log, TokenStream(read_split(run.hp.data_path, "train"))
-    log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
+    hp, stream = run.hp, TokenStream(read_split(run.hp.data_path, "train"))
+    run.log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
     model = GPT(hp).to(run.world.device).use(run.attend)
     trained = train(run, model, stream, validation)
     with run.training.phase("save", counted=False):
@@ -3058,7 +3058,7 @@ def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
 
 
 def compress(run: Run, weights: dict[str, Tensor] | None) -> None:
-    """Calibrate on training tokens, quantise, pack into artifact.bin; no weights: model.pt."""
+    """Calibrate on training tokens, quantise, pack into a file; no weights: model.pt."""
     hp, world, log, path = run.hp, run.world, run.log, run.folder / "model.pt"
     with run.training.phase("load"), reading(path, "set what it trained with, or train again"):
         model = shell(hp)
@@ -3213,7 +3213,7 @@ def run_stages(hp: Hyperparameters, world: World, cautions: list[str]) -> None:
 
 
 def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[str, str]]:
-    """Settings, and what ranks must have alike: these or what is wrong with them, script, and data."""
+    """Settings, and what ranks must have alike: these or their mistakes, script, and data."""
     try:
         hp = Hyperparameters.from_env(env)
         artifact = Path(hp.artifact or f"logs/{hp.run_id}/artifact.bin")
@@ -3246,9 +3246,8 @@ def main() -> int:
         with on_stop():
             rank, *_ = launched_as(env)
             hp, facts = settings_of(env)
-            store = meet(env, facts)
+            world = World(hp, env, meet(env, facts))
             ignored = [f"ignored:{name}" for name in IGNORED_NAMES if name in env]
-            world = World(hp, env, store)
             threads = (os.cpu_count() or 1) // int(env.get("LOCAL_WORLD_SIZE", world.size))
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 1)))
             run_stages(hp, world, [*doubtful_names(env, hp.fields())[1], *ignored])
