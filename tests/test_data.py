@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,6 +331,17 @@ def test_only_one_leading_blank_is_taken_off(sp):
     assert doubled.id_to_piece(token) == "▁▁an"
     count = tg.ByteTable(doubled).count(torch.tensor([260, 1]), torch.tensor([token, token]))
     assert count.tolist() == [6, 5]
+
+
+def test_a_nat_in_bits_per_byte():
+    """Three tokens of four bytes at a loss of ln 2 each are three bits: 0.75 a byte."""
+    def of(counts):
+        table = SimpleNamespace(count=lambda previous, target: counts)
+        return tg.TokenStream(shards_of(len(counts) + 1)).bpb_per_nat(table) * math.log(2)
+
+    assert of(torch.tensor([4, 0, 0], dtype=torch.int32)) == pytest.approx(0.75)
+    many = torch.full((1000,), 255, dtype=torch.uint8)  # whose sum is no uint8
+    assert of(many) == pytest.approx(1 / 255)
 
 
 # ----------------------------------------------------------------------------------------------------------
