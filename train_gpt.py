@@ -559,7 +559,8 @@ def both_ways(function: Callable, *given: Tensor) -> list[Tensor]:
 
 def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) -> str:
     """Set the world's dtype: DTYPE's, an earlier stage's, else the faster one; returns a log line."""
-    N, D, hidden, why = world.tuning.probe, hp.model_dim, int(hp.mlp_mult * hp.model_dim), "as DTYPE says"
+    N, D, why = world.tuning.probe, hp.model_dim, "as DTYPE says"
+    hidden = int(hp.mlp_mult * D)
     names = {str(dtype)[6:]: dtype for dtype in ARITHMETIC.values()}
     if hp.dtype == "auto" and known in names:
         world.dtype, why = names[known], "as the run had it"
@@ -618,7 +619,8 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
     for T in (hp.eval_seq_len, hp.train_seq_len):
         shapes = [(max(16384 // T, 1), T, heads, width)
                   for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
-        given = [torch.randn(shape, generator=draw, device=world.device).to(world.dtype) for shape in shapes]
+        drawn = (torch.randn(shape, generator=draw, device=world.device) for shape in shapes)
+        given = [each.to(world.dtype) for each in drawn]
         wanted = both_ways(sdpa_attention, *map(Tensor.float, given))
         for found, exact in zip(both_ways(attend, *given), wanted):
             off = ((found.float() - exact).norm() / exact.norm()).item()
@@ -1029,9 +1031,11 @@ class Validation:
 
     @staticmethod
     def load(hp: Hyperparameters, world: World) -> Validation:
-        processor, shards = load_tokenizer(hp.tokenizer_path, hp.vocab_size), read_split(hp.data_path, "val")
+        processor = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+        shards = read_split(hp.data_path, "val")
         check_ids(shards, hp.vocab_size, world)
-        whole, table, meta = np.concatenate(shards), ByteTable(processor), Path(hp.data_path) / "meta.json"
+        whole, table = np.concatenate(shards), ByteTable(processor)
+        meta = Path(hp.data_path) / "meta.json"
         positions = (len(whole) - 1) // hp.eval_seq_len * hp.eval_seq_len
         if not positions:
             raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
@@ -1039,7 +1043,8 @@ class Validation:
             known = parse_json(meta.read_bytes()) if meta.is_file() else {}
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
         check_tokenizer(table, tokens)
-        counts, corpus = table.count(tokens[:-1], tokens[1:]), known.get("corpus") or Path(hp.data_path).name
+        counts = table.count(tokens[:-1], tokens[1:])
+        corpus = known.get("corpus") or Path(hp.data_path).name
         return Validation(tokens.to(world.device), counts.to(world.device), str(corpus), table)
 
 
@@ -1135,7 +1140,8 @@ class FakeQuantizer:
     """
     def __init__(self, stacks: list[tuple[int, Tensor, Tensor]], soft: bool = True,
                  wrap: Callable = lambda function: function):
-        self.stacks, self.rounding, self.slopes = stacks, wrap(soft_quantize if soft else hard_quantize), []
+        self.stacks, self.slopes = stacks, []
+        self.rounding = wrap(soft_quantize if soft else hard_quantize)
         self.kept = [torch.empty_like(weights) for _, weights, _ in stacks]
         self.on_device = torch.ones(2, dtype=torch.float64, device=stacks[0][1].device)
         self.started_at: int | None = None  # the first step, from 0, whose weights were rounded
@@ -1172,7 +1178,8 @@ class FakeQuantizer:
     @torch.no_grad()
     def distance(self) -> float:
         """Mean distance of the weights to their grid in steps; 0.25 by chance."""
-        off = [grid_units(weights, max_code, self.multiplier)[0] for max_code, weights, _ in self.stacks]
+        off = [grid_units(weights, max_code, self.multiplier)[0]
+               for max_code, weights, _ in self.stacks]
         total = sum((y - torch.round(y)).abs().sum(dtype=torch.float64) for y in off)
         return total.item() / sum(kept.numel() for kept in self.kept)
 
@@ -1487,7 +1494,8 @@ class GPT(nn.Module):
 
     def max_codes(self, group: str) -> dict[str, int]:
         """Largest codes of the quantised tensors of a group, matrix or embed."""
-        chosen = {name: ROLES[role][1] for name, role in self.roles().items() if ROLES[role][0] == group}
+        roles = self.roles().items()
+        chosen = {name: ROLES[role][1] for name, role in roles if ROLES[role][0] == group}
         return {name: 2 ** (getattr(self.hp, bits) - 1) - 1 for name, bits in chosen.items() if bits}
 
     def use(self, attend: Callable) -> GPT:

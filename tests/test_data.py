@@ -335,6 +335,7 @@ def test_only_one_leading_blank_is_taken_off(sp):
 
 def test_a_nat_in_bits_per_byte():
     """Three tokens of four bytes at a loss of ln 2 each are three bits: 0.75 a byte."""
+
     def of(counts):
         table = SimpleNamespace(count=lambda previous, target: counts)
         return tg.TokenStream(shards_of(len(counts) + 1)).bpb_per_nat(table) * math.log(2)
