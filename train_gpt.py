@@ -531,7 +531,7 @@ class World:
     def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
         """The shortest time that some work took."""
         run = lambda: (work(), self.synchronize())
-        return min(timeit.repeat(run, self.synchronize, repeat=repeats, number=1))
+        return min(timeit.repeat(run, self.synchronize, time.perf_counter, repeats, number=1))
 
     def matrix_rate(self) -> float:
         """Measured FLOP per second."""
