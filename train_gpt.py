@@ -114,20 +114,35 @@ PRESETS: dict[str, dict[str, object]] = {
         ttt_enabled=False, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=2, ttt_chunk_tokens=32768,
         ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
     ),
-    "smoke": dict(
-        data_path="./data/datasets/sotu_sp4096", tokenizer_path="./data/tokenizers/sotu_4096_bpe.model",
-        train_log_every=50, val_loss_every=0,
-        vocab_size=4096, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=3.0, xsa_last_n=3,
-        rope_ntk_reference=0, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64, ve_dim=64,
-        ve_layers=(1, 2), value_residual=True, gated_attention=True,
-        iterations=850, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=660,
-        train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.15, soft_round_alpha=8.0,
-        gptq_calib_sequences=128, eval_seq_len=256, eval_stride=64, skip_sliding=False,
-        ttt_optimizer="sgd", ttt_momentum=0.0, ttt_lr=0.1, ttt_epochs=2, ttt_chunk_tokens=512,
-        ttt_batch_seqs=2, ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
+    "pr1855": dict(
+        data_path="./data/datasets/fineweb10B_sp8192", tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        vocab_size=8192, num_kv_heads=4, mlp_mult=4.0, rope_ntk_reference=0, smear_gate="token",
+        bigram_vocab_size=0, ve_enabled=False, sparse_attn_gate_enabled=True, skip_gates_enabled=True,
+        num_loops=2, enable_looping_at=0.35, parallel_start_layer=8, qk_gain_init=5.0,
+        matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, muon_momentum=0.97, muon_equalise=True,
+        muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
+        warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, late_qat_threshold=0.0,
+        step_rule="sigma", attn_bits=6, mlp_bits=6, embed_bits=7, prune_pct=0.0, gptq_calib_sequences=768,
+        ttt_enabled=False,
     ),
 }
+# What two CPU cores take in minutes.
+SMALL = dict(
+    data_path="./data/datasets/sotu_sp4096", tokenizer_path="./data/tokenizers/sotu_4096_bpe.model",
+    train_log_every=50, val_loss_every=0, vocab_size=4096, model_dim=128, num_heads=2, num_kv_heads=1,
+    rope_ntk_reference=0, iterations=850, max_wallclock_seconds=0.0, warmup_steps=2,
+    train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=100, ema_decay=0.98, gptq_calib_sequences=128, eval_seq_len=256,
+    eval_stride=64, skip_sliding=False, ttt_chunk_tokens=512,
+)
+PRESETS["smoke"] = SMALL | dict(
+    num_layers=3, mlp_mult=3.0, xsa_last_n=3, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64,
+    ve_dim=64, ve_layers=(1, 2), value_residual=True, gated_attention=True, warmdown_iters=660,
+    late_qat_threshold=0.15, soft_round_alpha=8.0, ttt_optimizer="sgd", ttt_momentum=0.0, ttt_lr=0.1,
+    ttt_epochs=2, ttt_batch_seqs=2, ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
+)
+PRESETS["pr1855_smoke"] = PRESETS["pr1855"] | SMALL | dict(
+    num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3, qk_gain_init=3.0)
 
 # The submissions' other spellings.
 SPELLINGS = {
@@ -144,6 +159,7 @@ SWITCHES = {
     "GPTQ_LITE": {"1": "lite", "0": None}, "INT5_MLP": {"1": "5", "0": "6"},
     "BIGRAM_HASH": {"1": None, "0": "0"}, "EMA_ENABLED": {"1": "ema", "0": "none"},
     "SWA_ENABLED": {"1": "swa", "0": None}, "LATE_QAT": {"1": None, "0": "0"},
+    "SMEAR_GATE": {"1": "vector", "0": "0", "vector": "vector", "token": "token"},
 }
 # Techniques not carried, constants, run.sh's own: the one value that may be said.
 FIXED = {
@@ -206,6 +222,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
+        (hp.num_loops and not hp.loop_start <= hp.loop_end < (hp.parallel_start_layer or hp.num_layers),
+         "NUM_LOOPS needs LOOP_START <= LOOP_END < PARALLEL_START_LAYER, or < NUM_LAYERS where that is 0"),
+        (hp.parallel_start_layer >= hp.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
         (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
@@ -283,7 +302,8 @@ class Hyperparameters:
     logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
     xsa_last_n: int = _model(11, "last layers with XSA", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
-    smear_gate: bool = _model(True, "mix each embedding with the previous one", off=False)
+    smear_gate: str = _model("vector", "mix each embedding with the previous one, by a share per channel or "
+                             "by one per token", choices=("0", "vector", "token"), off="0")
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
     bigram_dim: int = _model(128, "width of the bigram table", SIZE)
@@ -292,6 +312,12 @@ class Hyperparameters:
     ve_layers: tuple[int, ...] = _model((9, 10), "layers that get the value embedding")
     value_residual: bool = _model(False, "mix the first layer's V into every later one", off=False)
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
+    sparse_attn_gate_enabled: bool = _model(False, "the same from the first 12 channels", off=False)
+    num_loops: int = _model(0, "times that layers LOOP_START to LOOP_END run again", "[0, 100]", off=0)
+    loop_start: int = _model(3, "first looped layer")
+    loop_end: int = _model(5, "last looped layer")
+    skip_gates_enabled: bool = _model(False, "skips mixed in by a gate per channel", off=False)
+    parallel_start_layer: int = _model(0, "first with a lane each for attention and MLP (0: none)", off=0)
 
     seed: int = _train(1337, "of Python, NumPy and torch", f"[0, {2 ** 32})")
     data_path: str = _train("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
@@ -301,7 +327,10 @@ class Hyperparameters:
     iterations: int = _train(20000, "steps, at most", COUNT)
     max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: none)")
     warmup_steps: int = _train(20, "first steps, undone")
-    warmdown_iters: int = _train(3500, "steps of the learning rate's fall to 0")
+    warmdown_iters: int = _train(3500, "steps of the learning rate's fall")
+    warmdown_frac: float = _train(0.0, "its share of the run (0: WARMDOWN_ITERS)", "[0, 1]")
+    min_lr: float = _train(0.0, "learning-rate scale at the end", "[0, 1]")
+    enable_looping_at: float = _train(0.0, "share of the run before layers loop", "[0, 1]")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
     tied_embed_lr: float = _train(0.035, "AdamW learning rate of the tables")
@@ -311,7 +340,10 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = _train(0.92, "Muon momentum at step 0", "[0, 1)")
     muon_momentum_warmup_steps: int = _train(1500, "steps of that warm-up")
     muon_row_norm: bool = _train(False, "Muon's updates have rows of length 1 (#601)")
+    muon_equalise: bool = _train(False, "so have its gradients, before they are orthogonalised (#1855)")
+    muon_coefficients: str = _train("jordan", "of Newton-Schulz", choices=("jordan", "polar"))
     muon_wd: float = _train(0.04, "weight decay of the matrices")
+    embed_wd: float = _train(0.04, "weight decay of the tables")
     adam_wd: float = _train(0.04, "weight decay of the rest")
     beta2: float = _train(0.95, "AdamW second moment", "[0, 1)")
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
@@ -690,7 +722,8 @@ def wants_compile(hp: Hyperparameters, world: World) -> bool:
 def activation_bytes(hp: Hyperparameters, world: World, compiling: bool) -> float:
     """What a token leaves for the backward pass, as records/traffic.py counts; eagerly 2.5 times."""
     wide = 9 + 4 * hp.num_kv_heads / hp.num_heads + 3 * hp.mlp_mult
-    fused = 2 * hp.num_layers * wide * hp.model_dim + 12 * hp.vocab_size  # the latter of the loss
+    visits = hp.num_layers + hp.num_loops * (hp.loop_end + 1 - hp.loop_start)
+    fused = 2 * visits * wide * hp.model_dim + 12 * hp.vocab_size  # the latter of the loss
     return 2.5 * fused if world.on_cuda and not compiling else fused
 
 
@@ -1226,6 +1259,7 @@ class FakeQuantizer:
 # that silence them. Weights are cast to the activations' dtype, which is autocast's.
 # Names in the state dict are the submissions' own.
 
+GATE_WINDOW = 12  # channels that #1855's gates read
 # What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
 ROLES = {"attn": ("matrix", "attn_bits"), "mlp": ("matrix", "mlp_bits"), "embed": ("embed", "embed_bits"),
          "matrix": ("matrix", None), "control": ("control", None)}
@@ -1282,7 +1316,7 @@ class BigramHash(nn.Module):
     """Add an embedding of each pair of neighbouring tokens, hashed into a table."""
     silent = {"bigram.scale": 0.0}
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
         super().__init__()
         self.buckets = hp.bigram_vocab_size
         self.embed = Embedding(self.buckets, hp.bigram_dim, std=0.0)
@@ -1297,20 +1331,37 @@ class BigramHash(nn.Module):
         return x + self.proj(self.embed(index).to(x.dtype)) * self.scale.to(x.dtype)
 
 
+def embedding_before(x: Tensor, tokens: Tensor, reset: bool) -> Tensor:
+    """Of the token before, (B, T, D); with `reset` none leaks into the next document (#1797, #1851)."""
+    previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+    return previous * (tokens != BOS).unsqueeze(-1) if reset else previous
+
+
 class SmearGate(nn.Module):
     """Mix each embedding with the one before it, by a learnt share per channel."""
     silent = {"smear.gate": -30.0}
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(hp.model_dim))
         self.reset_at_bos = hp.smear_reset_at_bos
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
-        if self.reset_at_bos:  # a document does not leak into the next (#1797, #1851)
-            previous = previous * (tokens != BOS).unsqueeze(-1)
+        previous = embedding_before(x, tokens, self.reset_at_bos)
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
+class TokenSmear:
+    """Add a share of the embedding before, by a gate that reads the token's first channels (#1855)."""
+    silent = {"smear_lambda": 0.0}
+
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
+        host.smear_gate = CastLinear(GATE_WINDOW, 1, "control", gain=0.0)
+        host.smear_lambda, self.host = nn.Parameter(torch.zeros(1)), host
+
+    def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.host.smear_gate(x[..., :GATE_WINDOW]))  # (B, T, 1)
+        return x + self.host.smear_lambda.to(x.dtype) * gate * embedding_before(x, tokens, True)
 
 
 class ValueEmbedding(nn.Module):
@@ -1372,12 +1423,25 @@ class HeadGate(CastLinear):
         return y * torch.sigmoid(super().forward(x) + self.bias.to(x.dtype)).unsqueeze(-1)
 
 
+class SparseGate:
+    """A gate per head and token, one half at first, from the input's first channels (#1855)."""
+    silent = {"attn_gate_w": 0.0}
+
+    def __init__(self, hp: Hyperparameters, layer: int, host: nn.Module):
+        host.attn_gate_w, self.host = nn.Parameter(torch.zeros(hp.num_heads, GATE_WINDOW)), host
+
+    def __call__(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        gate = F.linear(x[..., :GATE_WINDOW], self.host.attn_gate_w.to(x.dtype))
+        return y * torch.sigmoid(0.5 * gate).unsqueeze(-1)
+
+
 # The parts, in the order in which they act: technique, how it is made, who wants it. Parameters lie on the
 # host (the model, or the layer's attention) under their published names.
-EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp
+EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp, host
     "bigram": (BigramHash, lambda hp: hp.bigram_vocab_size),
-    "norm": (lambda hp: lambda x, tokens: rms_norm(x), lambda hp: True),
-    "smear": (SmearGate, lambda hp: hp.smear_gate),
+    "token_smear": (TokenSmear, lambda hp: hp.smear_gate == "token"),
+    "norm": (lambda hp, host: lambda x, tokens: rms_norm(x), lambda hp: True),
+    "smear": (SmearGate, lambda hp: hp.smear_gate == "vector"),
 }
 VALUE_PARTS = {  # (v, context) -> v, with v (B, T, G, d); made from hp, layer, host
     "value_embedding": (lambda hp, layer, host: lambda v, context: v + context.values[layer].view(v.shape),
@@ -1388,6 +1452,7 @@ OUTPUT_PARTS = {  # (y, v, x) -> y, with y (B, T, H, d), x (B, T, D) the attenti
     "xsa": (lambda hp, layer, host: lambda y, v, x: remove_own_value(y, v),
             lambda hp, layer: layer >= hp.num_layers - hp.xsa_last_n),
     "gated_attention": (HeadGate, lambda hp, layer: hp.gated_attention),
+    "sparse_gate": (SparseGate, lambda hp, layer: hp.sparse_attn_gate_enabled),
 }
 
 
@@ -1443,11 +1508,20 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.input_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def attended(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The mix, and what attention adds."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * context.x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+        return x, self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """What the MLP adds."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x, added = self.attended(x, context)
+        x = x + added
+        return x + self.transformed(x)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -1484,34 +1558,46 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 class Visit:
     """One run of a layer, the skip added before it, whether its output is kept for a later one."""
     layer: int
-    skip_from: int | None = None  # position whose output is added, times a row of skip_weights
+    skip_from: int | None = None  # position whose output is added, by a row of skip_weights
     skip_row: int = 0
     pushes: bool = False
+    lanes: int = 1  # that the stream parts into before it
 
 
-def plan(hp: Hyperparameters) -> tuple[Visit, ...]:
-    """The layers as they run: the first half pushes outputs, the second pops them."""
-    half = hp.num_layers // 2
-    pushing = [Visit(layer, pushes=True) for layer in range(half)]
-    popping = [Visit(half + row, half - 1 - row, row) for row in range(half)]
-    return *pushing, *popping, *(Visit(layer) for layer in range(2 * half, hp.num_layers))
+def plan(hp: Hyperparameters, looping: bool = True) -> tuple[Visit, ...]:
+    """The layers as they run: the first half of the visits pushes outputs, the second pops them."""
+    order, after = [*range(hp.num_layers)], hp.loop_end + 1
+    order[after:after] = [*range(hp.loop_start, after)] * (hp.num_loops * looping)
+    half = len(order) // 2
+    return tuple(Visit(layer, pushes=position < half, lanes=1 + (0 < layer == hp.parallel_start_layer),
+                       skip_from=2 * half - 1 - position if half <= position < 2 * half else None,
+                       skip_row=max(position - half, 0)) for position, layer in enumerate(order))
 
 
 class GPT(nn.Module):
-    """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T."""
-    silent = {"skip_weights": 0.0}
+    """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T.
 
+    looping   whether layers run again; a plain attribute, and a graph of its own where it is compiled
+    """
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp, self.visits = hp, plan(hp)
+        self.hp, self.looping, self.plans = hp, hp.num_loops > 0, (plan(hp, False), plan(hp, True))
         self.tok_emb = Embedding(hp.vocab_size, hp.model_dim, std=0.005)
         self.embedding_parts = {
-            name: part(hp) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
+            name: part(hp, self) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
         for name, part in self.embedding_parts.items():
             setattr(self, name, part)
-        skips = sum(visit.skip_from is not None for visit in self.visits)
+        skips, layers = len(self.plans[True]) // 2, hp.num_layers
         self.skip_weights = nn.Parameter(torch.ones(skips, hp.model_dim))
-        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
+        self.silent = {"skips": {"skip_weights": 0.0}} if skips else {}  # by technique
+        if hp.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, hp.model_dim))
+            self.silent = {"skips": {"skip_gates": 30.0}}
+        if hp.parallel_start_layer:
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))  # layer, source, lane
+            self.silent["lanes"] = {"parallel_post_lambdas": ((1.0, 0.0), (0.0, 1.0))}
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(layers))
         self.ve_shared = ValueEmbedding(hp) if hp.ve_enabled else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers * hp.ve_enabled)
 
@@ -1538,6 +1624,21 @@ class GPT(nn.Module):
         shared, scales = self.ve_shared(tokens, dtype), zip(self.hp.ve_layers, self.ve_layer_scales)
         return {layer: shared * scale.to(dtype) for layer, scale in scales}
 
+    def with_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
+        """The stream and an earlier output, added or, by a gate, in its place (#1855)."""
+        weighted = self.skip_weights[row].to(x.dtype) * output
+        if not self.hp.skip_gates_enabled:
+            return x + weighted
+        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+
+    def in_lanes(self, layer: int, lanes: list[Tensor], context: Context) -> list[Tensor]:
+        """Attention of the first lane and MLP of the second side by side, each added to both (#1855)."""
+        block, dtype = self.blocks[layer], lanes[0].dtype
+        added = block.attended(lanes[0], context)[1], block.transformed(lanes[1])
+        keep, take = (p[layer].to(dtype) for p in (self.parallel_resid_lambdas, self.parallel_post_lambdas))
+        return [keep[lane] * x + take[0, lane] * added[0] + take[1, lane] * added[1]
+                for lane, x in enumerate(lanes)]
+
     def hidden(self, tokens: Tensor) -> Tensor:
         """The normed stream before the output layer; (B, T) -> (B, T, D)."""
         hp, device, x = self.hp, tokens.device, self.tok_emb(tokens)
@@ -1548,14 +1649,18 @@ class GPT(nn.Module):
             x = part(x, tokens)
         rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype
         context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype))
-        outputs = {}
-        for position, visit in enumerate(self.visits):
+        lanes, outputs = [x], {}
+        for position, visit in enumerate(self.plans[self.looping]):
+            lanes = lanes * visit.lanes
             if visit.skip_from is not None:
-                x = x + self.skip_weights[visit.skip_row].to(dtype) * outputs.pop(visit.skip_from)
-            x = self.blocks[visit.layer](x, context)
+                lanes[0] = self.with_skip(lanes[0], visit.skip_row, outputs.pop(visit.skip_from))
+            if len(lanes) == 1:
+                lanes = [self.blocks[visit.layer](*lanes, context)]
+            else:
+                lanes = self.in_lanes(visit.layer, lanes, context)
             if visit.pushes:
-                outputs[position] = x
-        return rms_norm(x)
+                outputs[position] = lanes[0]
+        return rms_norm(sum(lanes[1:], lanes[0]))  # whose mean has the same direction
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped, at least float32; (..., D) -> (..., V)."""
@@ -1579,9 +1684,11 @@ def shell(hp: Hyperparameters) -> GPT:
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
     """Of training: six per weight met, and causal attention (arXiv:2204.02311)."""
-    met = model.tok_emb.weight.numel() + sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, CastLinear))
-    return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(model.visits)
+    visits, linear = model.plans[model.looping], lambda part: sum(
+        module.weight.numel() for module in part.modules() if isinstance(module, CastLinear))
+    met = model.tok_emb.weight.numel() + linear(model) - linear(model.blocks)
+    met += sum(linear(model.blocks[visit.layer]) for visit in visits)
+    return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(visits)
 
 
 def compiled(function: Callable, **options) -> Callable:
@@ -1751,26 +1858,41 @@ class FlatParameters:
         return found
 
 
-def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+COEFFICIENTS = {  # of each iteration; those of Polar Express (arXiv:2505.16932) reach 0.86 to 1.14 from 0.001
+    "jordan": 5 * ((3.4445, -4.7750, 2.0315),),
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
+
+
+def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+                  coefficients: str = "jordan") -> Tensor:
     """Push singular values of (m, n) or (k, m, n) to 1. Jordan 2024, kellerjordan.github.io/posts/muon."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = G.size(-2) > G.size(-1)
     X = X.mT if tall else X
-    for _ in range(steps):
+    for a, b, c in COEFFICIENTS[coefficients][:steps]:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # sums inside the products
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
+def unit_rows(update: Tensor) -> Tensor:
+    """Every row over its length."""
+    return update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-Schulz, for matrices: Nesterov momentum, decoupled weight decay."""
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95,
-                 weight_decay: float = 0.0, row_norm: bool = False, world: World | None = None,
-                 orthogonalise: Callable = newton_schulz):
+                 weight_decay: float = 0.0, row_norm: bool = False, equalise: bool = False,
+                 world: World | None = None, orthogonalise: Callable = newton_schulz):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.row_norm, self.orthogonalise = row_norm, orthogonalise
+        self.row_norm, self.equalise, self.orthogonalise = row_norm, equalise, orthogonalise
         rank, size, self.gather = 0, 1, lambda part: (part, lambda: None)
         if world:
             rank, size, self.gather = world.rank, world.size, world.gather
@@ -1793,9 +1915,9 @@ class Muon(torch.optim.Optimizer):
             if there := [(slot, p.grad) for slot, p in zip(update, stack[own]) if p.grad is not None]:
                 torch._foreach_copy_(*zip(*there))
             buffer.mul_(group["momentum"]).add_(update)
-            update = self.orthogonalise(update.add_(buffer, alpha=group["momentum"]))
-            if self.row_norm:  # rows of length 1 (#601)
-                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update.add_(buffer, alpha=group["momentum"])
+            update = self.orthogonalise(unit_rows(update) if self.equalise else update)
+            update = unit_rows(update) if self.row_norm else update  # (#601)
             pending.append((stack, *self.gather(update)))
         for stack, update, wait in pending:
             wait()
@@ -1827,11 +1949,12 @@ class Optimisers:
         for name, p in flat.parameters.items():
             members[ROLES[roles[name]][0]].append(p)
         matrices, tables, control = members.values()
-        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world,
-                         orthogonalise)
+        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm,
+                         hp.muon_equalise, world, orthogonalise)
         self.adamw = torch.optim.AdamW(
-            [dict(params=tables, lr=hp.tied_embed_lr), dict(params=control, lr=hp.scalar_lr)],
-            betas=(0.9, hp.beta2), eps=1e-8, weight_decay=hp.adam_wd, fused=True)
+            [dict(params=tables, lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
+             dict(params=control, lr=hp.scalar_lr, weight_decay=hp.adam_wd)],
+            betas=(0.9, hp.beta2), eps=1e-8, fused=True)
         self.base_lr = {kind: group["lr"] for kind, group in zip(members, self.groups)}
 
     @property
@@ -1875,13 +1998,15 @@ def progress_at(hp: Hyperparameters, step: int, clock: Clock) -> Progress:
 
 def warmdown_steps(hp: Hyperparameters, progress: Progress) -> float:
     """WARMDOWN_ITERS, or the last 60 % of a run that is shorter: none starts below its full rate."""
+    if hp.warmdown_frac:
+        return hp.warmdown_frac * progress.total
     return hp.warmdown_iters if hp.warmdown_iters <= progress.total else 0.6 * progress.total
 
 
 def lr_scale(hp: Hyperparameters, progress: Progress) -> float:
-    """The learning rate's share, 1, and over the last steps to 0."""
+    """The learning rate's share, 1, and over the last steps down to MIN_LR."""
     left, steps = max(progress.total - progress.step, 0), warmdown_steps(hp, progress)
-    return min(1.0, left / steps) if steps else 1.0
+    return max(min(1.0, left / steps), hp.min_lr) if steps else 1.0
 
 
 def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
@@ -1889,6 +2014,11 @@ def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
     warm_up = hp.muon_momentum_warmup_steps
     share = min(progress.step / warm_up, 1.0) if warm_up else 1.0
     return hp.muon_momentum_warmup_start + (hp.muon_momentum - hp.muon_momentum_warmup_start) * share
+
+
+def loops_on(hp: Hyperparameters, progress: Progress) -> bool:
+    """Whether a step runs the looped layers again."""
+    return hp.num_loops > 0 and progress.step >= hp.enable_looping_at * progress.total
 
 
 def qat_active(hp: Hyperparameters, scale: float) -> bool:
@@ -2619,9 +2749,10 @@ class Stepper:
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
-        self.model, self.score_fn, self.flat = wrap(model), wrap(token_losses), FlatParameters(model)
+        self.gpt, self.model, self.score_fn = model, wrap(model), wrap(token_losses)
+        self.flat = FlatParameters(model)
         world.broadcast_(self.flat.weights)  # another CPU makes other orthogonal matrices of a seed
-        orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype))
+        orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype, coefficients=hp.muon_coefficients))
         self.optimisers = Optimisers(self.flat, model.roles(), hp, world, orthogonalise)
         self.qat = FakeQuantizer(self.flat.stacks(model.max_codes("matrix")), hp.soft_round_qat, wrap)
         self.sequences = hp.train_batch_tokens // hp.train_seq_len
@@ -2653,9 +2784,10 @@ class Stepper:
         self.optimisers.step(scale, momentum)
 
     def warm_up(self) -> None:
-        """Compile everything, QAT included, and undo the steps."""
-        initial = self.flat.weights.clone()
-        for i in range(self.hp.warmup_steps):
+        """Compile everything, QAT and both orders of the layers included, and undo the steps."""
+        initial, orders = self.flat.weights.clone(), sorted({False, self.hp.num_loops > 0})
+        for i, looping in itertools.product(range(self.hp.warmup_steps), orders):
+            self.gpt.looping = looping
             self.step(1.0, self.hp.muon_momentum, qat_on=i == 0 and self.hp.late_qat_threshold > 0)
         self.flat.weights.copy_(initial)
         self.optimisers.reset()
@@ -2855,6 +2987,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     matters = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
     matters |= {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
     checkpoint = Checkpoint(run, matters, dict(stepper=stepper, ema=ema, swa=swa, clock=clock))
+    model.looping = False
     if hp.resume:
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
@@ -2896,6 +3029,9 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                 log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb,
                            seconds=clock.elapsed)
                 clock.start()
+            if loops_on(hp, progress) and not model.looping:  # for good
+                model.looping = True
+                log(f"looping:on step:{step + 1}/{progress.total:.0f} visits:{len(model.plans[True])}")
             if qat_active(hp, scale) and not qat.on:
                 begin_qat(run, model, stepper, step, scale)
             stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))
@@ -2913,6 +3049,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             checkpoint.save(step, tries=60)
             raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
                               f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
+    model.looping = hp.num_loops > 0
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
     run.training.add("train", seconds)
