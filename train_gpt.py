@@ -115,9 +115,10 @@ PRESETS: dict[str, dict[str, object]] = {
         ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
     ),
     "pr1855": dict(
-        data_path="./data/datasets/fineweb10B_sp8192", tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
-        vocab_size=8192, num_kv_heads=4, mlp_mult=4.0, rope_ntk_reference=0, smear_gate="token",
-        bigram_vocab_size=0, ve_enabled=False, sparse_attn_gate_enabled=True, skip_gates_enabled=True,
+        data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", vocab_size=8192, num_kv_heads=4,
+        mlp_mult=4.0, rope_ntk_reference=0, smear_gate="token", bigram_vocab_size=0, ve_enabled=False,
+        sparse_attn_gate_enabled=True, skip_gates_enabled=True,
         num_loops=2, enable_looping_at=0.35, parallel_start_layer=8, qk_gain_init=5.0,
         matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, muon_momentum=0.97, muon_equalise=True,
         muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
@@ -152,6 +153,7 @@ SPELLINGS = {
     "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens", "TTT_COSINE_LR": "ttt_schedule",
     "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule", "INT5_MLP": "mlp_bits", "SWA_ENABLED": "averaging",
     "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging", "LATE_QAT": "late_qat_threshold",
+    "SMEAR_GATE": "smear_gate",
 }
 # What such a switch says of its setting; None says nothing.
 SWITCHES = {
@@ -343,8 +345,8 @@ class Hyperparameters:
     muon_equalise: bool = _train(False, "so have its gradients, before they are orthogonalised (#1855)")
     muon_coefficients: str = _train("jordan", "of Newton-Schulz", choices=("jordan", "polar"))
     muon_wd: float = _train(0.04, "weight decay of the matrices")
-    embed_wd: float = _train(0.04, "weight decay of the tables")
     adam_wd: float = _train(0.04, "weight decay of the rest")
+    embed_wd: float = _train(0.0, "weight decay of the tables (0: ADAM_WD)")
     beta2: float = _train(0.95, "AdamW second moment", "[0, 1)")
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
     averaging: str = _train("ema", "exported weights", choices=("ema", "swa", "none"), off="none")
@@ -1952,7 +1954,7 @@ class Optimisers:
         self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm,
                          hp.muon_equalise, world, orthogonalise)
         self.adamw = torch.optim.AdamW(
-            [dict(params=tables, lr=hp.tied_embed_lr, weight_decay=hp.embed_wd),
+            [dict(params=tables, lr=hp.tied_embed_lr, weight_decay=hp.embed_wd or hp.adam_wd),
              dict(params=control, lr=hp.scalar_lr, weight_decay=hp.adam_wd)],
             betas=(0.9, hp.beta2), eps=1e-8, fused=True)
         self.base_lr = {kind: group["lr"] for kind, group in zip(members, self.groups)}

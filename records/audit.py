@@ -656,9 +656,8 @@ def switches(model: tg.GPT) -> dict[str, Switch]:
     fields = tg.Hyperparameters.fields("model").items()
     off = dataclasses.replace(model.hp, **{
         name: f.metadata["off"] for name, f in fields if f.metadata["off"] is not None})
-    shared = {"skips": model} if len(model.skip_weights) else {}
-    shared |= {"value_embedding": model.ve_shared} if model.hp.ve_enabled else {}
-    found = {name: Switch(dict(part.silent)) for name, part in shared.items()}
+    shared = model.silent | ({"value_embedding": model.ve_shared.silent} if model.hp.ve_enabled else {})
+    found = {name: Switch(dict(silent)) for name, silent in shared.items()}
     places = [("", model.embedding_parts, tg.EMBEDDING_PARTS, (off,))]
     for layer, block in enumerate(model.blocks):
         attn, host = block.attn, f"blocks.{layer}.attn."

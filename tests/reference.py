@@ -291,26 +291,38 @@ def reference_loss(state_dict, hp, tokens, targets, eps=EPS64):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def reference_newton_schulz(matrix, steps=5):
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def reference_newton_schulz(matrix, steps=5, coefficients=JORDAN):
     """Five quintic steps towards the nearest semi-orthogonal matrix, one matrix, float64."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.double()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (torch.sqrt((x * x).sum()) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in coefficients[:steps]:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
 
 
 def reference_muon_step(
-    param, grad, buffer, lr, momentum, weight_decay, row_norm=False, nesterov=True, steps=5
+    param, grad, buffer, lr, momentum, weight_decay, row_norm=False, equalise=False, coefficients=JORDAN
 ):
     """(new parameter, new momentum buffer) of one matrix after one step, float64."""
     buffer = momentum * buffer.double() + grad.double()
-    update = grad.double() + momentum * buffer if nesterov else buffer
-    update = reference_newton_schulz(update, steps)
+    update = grad.double() + momentum * buffer
+    if equalise:
+        for i in range(len(update)):
+            update[i] = update[i] / max(float(torch.sqrt((update[i] ** 2).sum())), 1e-7)
+    update = reference_newton_schulz(update, coefficients=coefficients)
     rows, columns = update.shape
     update = update * math.sqrt(max(1.0, rows / columns))
     if row_norm:

@@ -68,7 +68,7 @@ def test_a_technique_switched_off_is_a_model_that_never_had_it(tiny_hp, validati
 
 def test_skips_switched_off_add_nothing(tiny_hp, validation, world, found):
     model = random_model(tiny_hp)
-    model.visits = tuple(dataclasses.replace(visit, skip_from=None) for visit in model.visits)
+    model.plans = [tuple(dataclasses.replace(visit, skip_from=None) for visit in tg.plan(tiny_hp))]
     skips = audit.techniques(model, validation, world)["skips"]
     assert skips["loss"] == skips["loss_without"] == found["skips"]["loss_without"]
 
