@@ -316,8 +316,8 @@ class Hyperparameters:
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
     sparse_attn_gate_enabled: bool = _model(False, "the same from the first 12 channels", off=False)
     num_loops: int = _model(0, "times that layers LOOP_START to LOOP_END run again", "[0, 100]", off=0)
-    loop_start: int = _model(3, "first looped layer")
-    loop_end: int = _model(5, "last looped layer")
+    loop_start: int = _model(3, "first looped layer", "[0, 1000]")
+    loop_end: int = _model(5, "last looped layer", "[0, 1000]")
     skip_gates_enabled: bool = _model(False, "skips mixed in by a gate per channel", off=False)
     parallel_start_layer: int = _model(0, "first with a lane each for attention and MLP (0: none)", off=0)
 

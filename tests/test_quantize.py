@@ -577,7 +577,7 @@ def test_the_multiplier_is_the_smallest_that_fits(larger):
     most, least = rate.bytes(1.0), rate.bytes(1e4)
 
     def fitted(limit):
-        rate.room, rate.spare = limit, 0
+        rate.limit = limit
         return rate.multiplier()
 
     assert fitted(most) == fitted(10 * most) == 1.0
