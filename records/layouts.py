@@ -184,11 +184,11 @@ def table(tensors: Mapping) -> str:
         cells = [cell(some, bound, blob) for some, bound in zip(frames, bounds)]
         lines.append(f"| {layout.name} | {' | '.join(cells)} | {seconds:.2f} |")
     counts = [sum(tensor.codes.numel() for tensor in part.values()) for part in parts]
-    known = entropy_bytes(parts[0], classes=True)  # and what the last row adds to it: tables, states, rounding
+    known = entropy_bytes(parts[0], classes=True)  # the last row adds tables, states, rounding
     ratio = sum(map(len, frames[0])) / max(known, 1)
     return "\n".join([
-        *lines, "", f"{counts[0]:,} codes of matrices, entropy {bounds[0]:,.0f} bytes, given the class of the "
-        f"column {known:,.0f} (the last row: {ratio:.4f}); "
+        *lines, "", f"{counts[0]:,} codes of matrices, entropy {bounds[0]:,.0f} bytes, given the class of "
+        f"the column {known:,.0f} (the last row: {ratio:.4f}); "
         f"{counts[1]:,} codes of tables, entropy {bounds[1]:,.0f} bytes."])
 
 
