@@ -92,6 +92,7 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
 COUNT, SIZE = "[1, 1e9]", "[1, 65536]"
+SPANS_PER_STEP = 8  # of the text, whatever the number of ranks
 NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and the digits of any script
 
 
@@ -118,7 +119,7 @@ PRESETS: dict[str, dict[str, object]] = {
         data_path="./data/datasets/fineweb10B_sp8192",
         tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", vocab_size=8192, num_kv_heads=4,
         mlp_mult=4.0, rope_ntk_reference=0, smear_gate="token", bigram_vocab_size=0, ve_enabled=False,
-        sparse_attn_gate_enabled=True, skip_gates_enabled=True,
+        sparse_attn_gate_enabled=True, skip_gates_enabled=True, document_mask=True,
         num_loops=2, enable_looping_at=0.35, parallel_start_layer=8, qk_gain_init=5.0,
         matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, muon_momentum=0.97, muon_equalise=True,
         muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
@@ -229,6 +230,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
         (hp.parallel_start_layer >= hp.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
         (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
+        (hp.document_mask and hp.train_batch_tokens % SPANS_PER_STEP,
+         f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS in multiples of {SPANS_PER_STEP}"),
+        (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
@@ -285,7 +289,7 @@ class Hyperparameters:
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
     attention: str = _run("auto", "attention kernel",
-                          choices=("auto", "fa3", "flash", "cudnn", "efficient", "sdpa"))
+                          choices=("auto", "fa3", "varlen", "flash", "cudnn", "efficient", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
     val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
@@ -307,6 +311,7 @@ class Hyperparameters:
     smear_gate: str = _model("vector", "mix each embedding with the previous one, by a share per channel or "
                              "by one per token", choices=("0", "vector", "token"), off="0")
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
+    document_mask: bool = _model(False, "attention stays inside documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
     bigram_dim: int = _model(128, "width of the bigram table", SIZE)
     ve_enabled: bool = _model(True, "add a shared value embedding to V", off=False)
@@ -399,6 +404,11 @@ class Hyperparameters:
             raise UserError("\n".join(errors))
         return hp
 
+    @property
+    def row_tokens(self) -> int:
+        """T while training: a span of the text whole, or a part of it."""
+        return self.train_batch_tokens // SPANS_PER_STEP if self.document_mask else self.train_seq_len
+
     def changed(self) -> dict[str, object]:
         usual = vars(Hyperparameters(preset=self.preset, **PRESETS[self.preset]))
         return {name: value for name, value in vars(self).items() if value != usual[name]}
@@ -436,15 +446,16 @@ class Tuning:
     scored: int   # positions whose logits are held at a time while scoring
     scoring: int  # activations of the stream in a scoring batch; twice as many in a micro-batch
     probe: int    # rows of the matrices that measure the device's rate
+    bounds: int   # in multiples of so many are bounds of segments, so that few graphs are compiled
     lag: int      # steps by which losses are read late, so that the host never waits
 
 
 TUNING = {
     "cpu": Tuning(lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
-                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
+                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, bounds=1, lag=0),
     # in the kernel of its neighbours, where a scatter is one of its own
     "cuda": Tuning(lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
-                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
+                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, bounds=256, lag=1),
 }
 
 
@@ -626,6 +637,24 @@ def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) ->
     return f"dtype:{str(world.dtype)[6:]} ({why})"
 
 
+def by_padding(attend: Callable, longest: int = 0) -> Callable:
+    """Attention inside segments, by one of whole rows: each segment is a row, padded to the longest.
+
+    segments (S + 1,) int32 bound the flattened (B, T); without them the rows of q are attended to
+    """
+    def inside(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+        if segments is None:
+            return attend(q, k, v)
+        begins, at = segments[:-1], torch.arange(q.size(0) * q.size(1), device=q.device)
+        most = longest if torch.compiler.is_compiling() else int(segments.diff().max())
+        rows = (begins.unsqueeze(1) + torch.arange(most, device=q.device)).clamp_max(len(at) - 1)
+        y = attend(*(x.flatten(0, 1)[rows] for x in (q, k, v)))  # (S, most, H, d)
+        which = torch.searchsorted(segments, at, right=True) - 1
+        return y.flatten(0, 1)[which * most + at - begins[which]].view_as(q)
+    return inside
+
+
+@by_padding
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's causal attention; q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -633,31 +662,50 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-def by_operator(operator: str, *options) -> Callable:
+def by_operator(longest: int, operator: str, *options) -> Callable:
     """PyTorch's attention by one kernel; a context would keep the graph out of the cache."""
     run = getattr(torch.ops.aten, f"_scaled_dot_product_{operator}_attention")
 
     def attend(q, k, v):
         return run(*(x.transpose(1, 2) for x in (q, k, v)), *options)[0].transpose(1, 2)
-    return attend
+    return by_padding(attend, longest)
 
 
-def flash_attention_3() -> Callable:
+def flash_attention_3(longest: int) -> Callable:
     """FlashAttention 3; ImportError or worse without it, or with that of another torch."""
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+    def attend(q, k, v, segments=None):
+        if segments is None:
+            out = flash_attn_func(q, k, v, causal=True)
+        else:
+            flat = (x.flatten(0, 1) for x in (q, k, v))
+            out = flash_attn_varlen_func(*flat, segments, segments, longest, longest, causal=True)
+        out = out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+        return out.view_as(q)
     return attend
 
 
-KERNELS = {  # of CUDA's attention: what makes them; the last takes every input
+def varlen_attention(longest: int) -> Callable:
+    """PyTorch's attention of variable length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q, k, v, segments=None):
+        if segments is None:
+            return sdpa_attention(q, k, v)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attn(*flat, segments, segments, longest, longest, window_size=(-1, 0),
+                           enable_gqa=q.size(2) != k.size(2)).view_as(q)
+    return attend
+
+
+KERNELS = {  # of CUDA's attention: what makes them for segments of a length; the last takes every input
     "fa3": flash_attention_3,
-    "flash": lambda: by_operator("flash", 0.0, True),
-    "cudnn": lambda: by_operator("cudnn", None, True, 0.0, True),
-    "efficient": lambda: by_operator("efficient", None, True, 0.0, True),
-    "sdpa": lambda: sdpa_attention,
+    "varlen": varlen_attention,
+    "flash": lambda longest: by_operator(longest, "flash", 0.0, True),
+    "cudnn": lambda longest: by_operator(longest, "cudnn", None, True, 0.0, True),
+    "efficient": lambda longest: by_operator(longest, "efficient", None, True, 0.0, True),
+    "sdpa": lambda longest: by_padding(sdpa_attention, longest),
 }
 MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.005 off
 
@@ -669,10 +717,13 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
     for T in (hp.eval_seq_len, hp.train_seq_len):
         shapes = [(max(16384 // T, 1), T, heads, width) for heads in (hp.num_heads, *[hp.num_kv_heads] * 2)]
         inputs = [torch.randn(shape, generator=draw, device=world.device) for shape in (*shapes, shapes[0])]
+        n = shapes[0][0] * T
+        bounds = torch.tensor(sorted({*range(0, n, T), *range(0, n, 700), n}), dtype=torch.int32)
+        segments = [bounds.to(world.device)] * hp.document_mask
 
-        def passes(function, *given) -> list[Tensor]:
+        def passes(function, *given, segments=segments) -> list[Tensor]:
             *qkv, to_y = (x.clone().requires_grad_() for x in given)
-            y = function(*qkv)
+            y = function(*qkv, *segments)
             return [y, *torch.autograd.grad(y, qkv, to_y)]
 
         ours = [x.to(world.dtype) for x in inputs]
@@ -686,13 +737,14 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
 def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
                      log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
     """Name and function of the fastest that is right."""
+    longest = max(hp.train_seq_len, hp.eval_seq_len)
     if not world.on_cuda and hp.attention == "auto":
-        return "sdpa", sdpa_attention
+        return "sdpa", by_padding(sdpa_attention, longest)
     times, functions = {}, {}
     for name in (KERNELS if hp.attention == "auto" else [hp.attention]):
         fault, times[name] = "", math.inf
         try:
-            functions[name] = KERNELS[name]()
+            functions[name] = KERNELS[name](longest)
             times[name] = try_attention(functions[name], hp, world, compiling)
         except Exception as error:  # whatever a kernel or its compilation does
             fault = f"{type(error).__name__}: {brief(error, 160)}"
@@ -734,7 +786,7 @@ def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bo
     tokens = 2 * world.tuning.scoring / hp.model_dim
     if world.on_cuda:
         tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp, world, compiling)
-    least = max(math.ceil(sequences * hp.train_seq_len / tokens), 1)
+    least = max(math.ceil(sequences * hp.row_tokens / tokens), 1)
     # parts of one size share a graph
     equal = next((n for n in range(least, 2 * least) if sequences % n == 0), least)
     return max(math.ceil(sequences / (hp.grad_accum_steps or equal)), 1)
@@ -965,7 +1017,6 @@ class ProgressLine:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 BOS = 1
-SPANS_PER_STEP = 8
 
 
 def read_shard(path: str | Path) -> np.ndarray:
@@ -995,6 +1046,25 @@ def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
     largest = [int(shard.max()) for shard in shards[world.rank:: world.size]]
     if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
         raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}")
+
+
+def segment_starts(tokens: Tensor, longest: int) -> Tensor:
+    """Bounds of the segments of (B, T), flattened: (S + 1,) int32.
+
+    A segment begins with a row, with a BOS, and `longest` tokens after the last of these.
+    """
+    flat, at = tokens.flatten(), torch.arange(tokens.numel(), device=tokens.device)
+    begins = (flat == BOS) | (at % tokens.size(1) == 0)
+    since = at - torch.where(begins, at, 0).cummax(0).values
+    return F.pad((since % longest == 0).nonzero().flatten(), (0, 1), value=len(at)).to(torch.int32)
+
+
+def document_bounds(hp: Hyperparameters, tokens: Tensor, longest: int, world: World) -> Tensor | None:
+    """The segments that attention stays inside, the last bound repeated; None without DOCUMENT_MASK."""
+    if not hp.document_mask:
+        return None
+    bounds = segment_starts(tokens, longest)
+    return world.to_device(F.pad(bounds, (0, -len(bounds) % world.tuning.bounds), value=tokens.numel()))
 
 
 class ByteTable:
@@ -1387,6 +1457,7 @@ class Context:
     x0: Tensor                 # (B, T, D), the stream before the first block
     rotary: Tensor             # (2, T, 1, rope_dims / 2)
     values: dict[int, Tensor]  # by layer: (B, T, G d), to be added to V
+    segments: tuple[Tensor, ...]  # () or bounds (S + 1,) that attention stays inside
     first_value: Tensor | None = None  # (B, T, G, d), V of the first layer that ran
 
 
@@ -1481,7 +1552,8 @@ class CausalSelfAttention(nn.Module):
         for value_part in self.value_parts.values():
             v = value_part(v, context)
         q = q * self.q_gain.to(q.dtype).view(-1, 1).expand(*q.shape[:3], 1)  # its gradient is summed in rows
-        y = self.attend(apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary), v)
+        q, k = (apply_rotary(x, *context.rotary) for x in (q, k))
+        y = self.attend(q, k, v, *context.segments)
         for output_part in self.output_parts.values():
             y = output_part(y, v, x)
         return self.proj(y.flatten(2))
@@ -1579,6 +1651,7 @@ def plan(hp: Hyperparameters, looping: bool = True) -> tuple[Visit, ...]:
 class GPT(nn.Module):
     """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T.
 
+    segments  bounds that attention stays inside, as of segment_starts
     looping   whether layers run again; a plain attribute, and a graph of its own where it is compiled
     """
     def __init__(self, hp: Hyperparameters):
@@ -1641,7 +1714,7 @@ class GPT(nn.Module):
         return [keep[lane] * x + take[0, lane] * added[0] + take[1, lane] * added[1]
                 for lane, x in enumerate(lanes)]
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         """The normed stream before the output layer; (B, T) -> (B, T, D)."""
         hp, device, x = self.hp, tokens.device, self.tok_emb(tokens)
         autocast = torch.is_autocast_enabled(device.type)
@@ -1650,7 +1723,8 @@ class GPT(nn.Module):
         for part in self.embedding_parts.values():
             x = part(x, tokens)
         rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype
-        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype))
+        inside = () if segments is None else (segments,)
+        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype), inside)
         lanes, outputs = [x], {}
         for position, visit in enumerate(self.plans[self.looping]):
             lanes = lanes * visit.lanes
@@ -1670,8 +1744,9 @@ class GPT(nn.Module):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        hidden = self.hidden(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                segments: Tensor | None = None) -> Tensor:
+        hidden = self.hidden(tokens, segments)
         if targets is None:
             return self.logits(hidden)
         return SoftcapCrossEntropy.apply(hidden.flatten(0, 1), self.tok_emb.weight, targets.flatten(),
@@ -1750,9 +1825,10 @@ def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
     return logits / (1 - (1 - low) * (1 - entropy / math.log(logits.size(-1)))).clamp(0.9, 1.05)
 
 
-def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0):
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0,
+                 segments: Tensor | None = None) -> Tensor:
     """Nats of each window's last `scored` targets; (B, T), (B, T) -> (B, scored) float32."""
-    hidden, wanted = model.hidden(tokens)[:, -scored:], targets[:, -scored:]
+    hidden, wanted = model.hidden(tokens, segments)[:, -scored:], targets[:, -scored:]
     part, losses = max(tuning_of(hidden).scored // scored, 1), []
     for h, y in zip(hidden.split(part), wanted.split(part)):
         logits = model.logits(h)
@@ -1760,6 +1836,16 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, tempe
             logits = adaptive_temperature(logits, temperature)
         losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(-1, scored))
     return torch.cat(losses)
+
+
+def document_windows(tokens: Tensor, longest: int, most: int) -> list[Window]:
+    """Windows of whole segments side by side, of at most `most` positions; tokens (positions + 1,)."""
+    bounds, start, windows = segment_starts(tokens[None, :-1], longest).tolist(), 0, []
+    for at, end in itertools.pairwise(bounds):
+        if end - start > most:
+            windows.append((start, at, start))
+            start = at
+    return [*windows, (start, bounds[-1], start)]
 
 
 def window_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -1790,8 +1876,9 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=world.device)  # (B, T + 1)
         text = tokens[index].to(torch.int64)
         scorer = score_fn if len(batch) == max(batch_tokens // length, 1) else token_losses
+        segments = document_bounds(model.hp, text[:, :-1], model.hp.eval_seq_len, world)
         with world.autocast():
-            losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature)
+            losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature, segments)
         where = index[:, length - scored: length]  # (B, scored)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
@@ -1806,12 +1893,15 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
 
 def score_split(run: Run, model: GPT, validation: Validation, stride: int, name: str,
                 score_fn: Callable = token_losses) -> Score:
-    """Score the whole validation split, a window every `stride` positions."""
+    """Score the whole validation split, a window every `stride` positions, or by documents."""
     hp, world, positions = run.hp, run.world, len(validation.byte_counts)
+    batch_tokens = scoring_batch_tokens(hp, world)
     windows = sliding_windows(positions, hp.eval_seq_len, stride)
+    if hp.document_mask and stride == hp.eval_seq_len:  # windows of any length: not compiled
+        windows, score_fn = document_windows(validation.tokens, hp.eval_seq_len, batch_tokens), token_losses
     progress = ProgressLine(run.log, name, positions // world.size)
-    return evaluate(model, validation.tokens, validation.byte_counts, windows, world,
-                    scoring_batch_tokens(hp, world), score_fn=score_fn, progress=progress)
+    return evaluate(model, validation.tokens, validation.byte_counts, windows, world, batch_tokens,
+                    score_fn=score_fn, progress=progress)
 
 
 # ----------------------------------------------------------
@@ -2096,9 +2186,10 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with world.autocast():
-            p = model(x).softmax(-1)
+            segments = document_bounds(model.hp, x, x.size(1), world)
+            p = model(x, None, segments).softmax(-1)
             with torch.enable_grad():
-                loss = model(x, y) * y.numel()
+                loss = model(x, y, segments) * y.numel()
         to_outputs = torch.autograd.grad(loss, [calls[name][2] for name in names])
         squares = [each.float().square().mean(-1).sum() for each in to_outputs]
         squares[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
@@ -2130,8 +2221,9 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
     mine = world.shard(len(sequences))
     rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
     for at in range(mine.start, mine.stop, size):
+        part = rows[at: min(at + size, mine.stop)].to(world.device)
         with world.autocast():
-            model.hidden(rows[at: min(at + size, mine.stop)].to(world.device))
+            model.hidden(part, document_bounds(model.hp, part, part.size(1), world))
     for hook in hooks:
         hook.remove()
     for hessian in hessians.values():
@@ -2757,14 +2849,14 @@ class Stepper:
         orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype, coefficients=hp.muon_coefficients))
         self.optimisers = Optimisers(self.flat, model.roles(), hp, world, orthogonalise)
         self.qat = FakeQuantizer(self.flat.stacks(model.max_codes("matrix")), hp.soft_round_qat, wrap)
-        self.sequences = hp.train_batch_tokens // hp.train_seq_len
+        self.sequences = hp.train_batch_tokens // hp.row_tokens
         self.mine = world.shard(self.sequences)
         self.micro = micro_batch(hp, world, len(self.mine), compiling)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        rows = self.stream.step(self.hp.train_batch_tokens, self.hp.train_seq_len)
+        rows = self.stream.step(self.hp.train_batch_tokens, self.hp.row_tokens)
         rows = torch.from_numpy(rows[self.mine.start: self.mine.stop])
-        return tuple(self.world.to_device(part.contiguous()) for part in (rows[:, :-1], rows[:, 1:]))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False):
         flat, (x, y) = self.flat, self.batch()
@@ -2773,8 +2865,10 @@ class Stepper:
         flat.reduced.zero_()
         for at in range(0, len(x), self.micro):
             micro = x[at: at + self.micro]
+            segments = document_bounds(self.hp, micro, self.hp.train_seq_len, self.world)
+            on_device = (self.world.to_device(part) for part in (micro, y[at: at + self.micro]))
             with self.world.autocast():
-                loss = self.model(micro, y[at: at + self.micro]) * (len(micro) / self.sequences)
+                loss = self.model(*on_device, segments) * (len(micro) / self.sequences)
             loss.backward()
             flat.slot["loss"] += loss.detach()
         if qat_on:
@@ -2948,13 +3042,14 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
     if qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        text = x, y, document_bounds(hp, x, hp.train_seq_len, run.world)
         with run.world.autocast():
             proofs["qat"] = proof = {
                 "first_step": qat.started_at + 1, "multiplier": qat.multiplier,
                 "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
-                "loss": model(x, y).item()}
+                "loss": model(*text).item()}
             qat.quantize(0.0, hard_quantize)
-            proof["loss_rounded"] = model(x, y).item()
+            proof["loss_rounded"] = model(*text).item()
         flat.weights.copy_(raw)
         proof["distance_raw"] = qat.distance()
         flat.weights.copy_(average)
@@ -2976,7 +3071,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     for line in stepper.optimisers.describe():
         log(line)
     log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} "
-        f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.train_seq_len} "
+        f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.row_tokens} "
         f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()

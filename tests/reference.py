@@ -27,7 +27,7 @@ EPS64 = float(torch.finfo(torch.float64).eps)
 TECHNIQUES = {
     "xsa_last_n", "ln_scale", "smear_gate", "smear_reset_at_bos", "bigram_vocab_size", "ve_enabled",
     "value_residual", "gated_attention", "sparse_attn_gate_enabled", "num_loops", "skip_gates_enabled",
-    "parallel_start_layer",
+    "parallel_start_layer", "document_mask",
 }  # fmt: skip
 
 
@@ -142,17 +142,26 @@ def reference_rope_base(hp, length):
     return hp.rope_base
 
 
-def reference_head(q, k, v):
-    """Causal attention of one head: q, k, v (T, head_dim)."""
+def reference_begins(ids, longest):
+    """For each position the first one of its segment; longest None: the row is one."""
+    begins = []
+    for t, token in enumerate(ids):
+        fresh = t == 0 or longest and (token == BOS or t - begins[-1] == longest)
+        begins.append(t if fresh else begins[-1])
+    return begins
+
+
+def reference_head(q, k, v, begins):
+    """Causal attention of one head from each position's begin on: q, k, v (T, head_dim)."""
     rows = []
-    for t in range(len(q)):
-        scores = k[: t + 1] @ q[t] / math.sqrt(q.shape[1])
+    for t, begin in enumerate(begins):
+        scores = k[begin : t + 1] @ q[t] / math.sqrt(q.shape[1])
         weights = torch.exp(scores - scores.max())
-        rows.append(weights / weights.sum() @ v[: t + 1])
+        rows.append(weights / weights.sum() @ v[begin : t + 1])
     return torch.stack(rows)
 
 
-def _attention(state, hp, layer, a, value_embedding, first_value, eps):
+def _attention(state, hp, layer, a, value_embedding, first_value, eps, begins):
     """Attention of one block on its normed, scaled input a (T, D): (output, this layer's raw V)."""
     name = f"blocks.{layer}.attn."
     heads, kv_heads = hp.num_heads, hp.num_kv_heads
@@ -178,7 +187,7 @@ def _attention(state, hp, layer, a, value_embedding, first_value, eps):
         v_g = v[:, g * head_dim : (g + 1) * head_dim]
         q_h = reference_rotary(q_h, base, hp.rope_dims) * state[name + "q_gain"][h]
         k_g = reference_rotary(k_g, base, hp.rope_dims)
-        y = reference_head(q_h, k_g, v_g)
+        y = reference_head(q_h, k_g, v_g, begins)
         if layer >= hp.num_layers - hp.xsa_last_n:
             v_hat = v_g / torch.clamp(torch.sqrt((v_g * v_g).sum(dim=-1, keepdim=True)), min=1e-12)
             y = y - (y * v_hat).sum(dim=-1, keepdim=True) * v_hat
@@ -221,7 +230,7 @@ def _embed(state, hp, ids, eps):
     return x
 
 
-def _sequence_logits(state, hp, ids, eps, looping):
+def _sequence_logits(state, hp, ids, eps, looping, longest):
     x = x0 = _embed(state, hp, ids, eps)
     value_embedding = None
     if hp.ve_enabled:
@@ -245,7 +254,8 @@ def _sequence_logits(state, hp, ids, eps, looping):
         mix = state[name + "resid_mix"]
         u = mix[0] * x + mix[1] * x0
         a = reference_rms_norm(u, eps) * ln_scale
-        attended, raw_v = _attention(state, hp, layer, a, value_embedding, first_value, eps)
+        begins = reference_begins(ids, longest)
+        attended, raw_v = _attention(state, hp, layer, a, value_embedding, first_value, eps, begins)
         if first_value is None:
             first_value = raw_v
         attended = state[name + "attn_scale"] * attended
@@ -263,14 +273,15 @@ def _sequence_logits(state, hp, ids, eps, looping):
     return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
 
 
-def reference_logits(state_dict, hp, tokens, eps=EPS64, looping=True):
+def reference_logits(state_dict, hp, tokens, eps=EPS64, looping=True, longest=None):
     """Soft-capped logits (B, T, V) in float64 for tokens (B, T); eps is that of the RMS norms.
 
+    longest: attention stays inside documents, and inside pieces of so many tokens of one.
     A model in float32 or bfloat16 adds the machine epsilon of float32: compare it with eps=EPS32.
     """
     state = {name: tensor.double() for name, tensor in state_dict.items()}
     rows = torch.as_tensor(tokens).tolist()
-    return torch.stack([_sequence_logits(state, hp, ids, eps, looping) for ids in rows])
+    return torch.stack([_sequence_logits(state, hp, ids, eps, looping, longest) for ids in rows])
 
 
 def reference_cross_entropy(logits, targets):

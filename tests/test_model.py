@@ -35,6 +35,7 @@ SMALL |= env("TTT_CHUNK_TOKENS=64 BIGRAM_VOCAB_SIZE=50 BIGRAM_DIM=24 VE_DIM=20")
 MODEL_FIELDS = tg.Hyperparameters.fields("model")
 # The settings that switch a technique of the model off, with the value that does.
 OFF = {name: f.metadata["off"] for name, f in MODEL_FIELDS.items() if f.metadata["off"] is not None}
+CALLERS = {"document_mask"}  # what a model is told with every call
 # Every preset, shrunk, and every technique at once.
 CONFIGS = {
     "pr606": "PRESET=pr606 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=4 VE_LAYERS=4,5 ROPE_NTK_REFERENCE=8",
@@ -44,7 +45,8 @@ CONFIGS = {
     "pr1855_smoke": "PRESET=pr1855_smoke",
     "all": "PRESET=pr606 NUM_LAYERS=5 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=3 VE_LAYERS=0,2,4"
     " ROPE_NTK_REFERENCE=8 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 "
-    + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False),
+    + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False)
+    + " TTT_ENABLED=0",
 }
 ALL_ON = tg.Hyperparameters.from_env(SMALL | env(CONFIGS["all"]))  # also what the reference does not know
 
@@ -277,18 +279,19 @@ def test_the_seed_decides_the_initial_values_and_ortho_init_their_kind():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def assert_equals_the_reference(hp, dtype=torch.float32, length=15, looping=True):
+def assert_equals_the_reference(hp, dtype=torch.float32, length=15, looping=True, longest=None):
     """Logits, loss and the gradient of every parameter; returns the logits."""
     tokens, eps = some_tokens(length=length), EPS64 if dtype == torch.float64 else EPS32
     x, y = tokens[:, :-1], tokens[:, 1:]
     leaves = {name: tensor.requires_grad_() for name, tensor in random_state(reference_shapes(hp)).items()}
-    expected_logits = reference_logits(leaves, hp, x, eps, looping)
+    expected_logits = reference_logits(leaves, hp, x, eps, looping, longest)
     expected = reference_cross_entropy(expected_logits, y)
     expected.backward()
     model, exact = build(hp, dtype), 1e-11 if dtype == torch.float64 else 1e-5
     assert model.looping == (hp.num_loops > 0)
     model.looping &= looping
-    logits, loss = model(x).detach(), model(x, y)
+    segments = None if longest is None else tg.segment_starts(x, longest)
+    logits, loss = model(x, segments=segments).detach(), model(x, y, segments)
     assert logits.dtype == dtype and logits.shape == (*x.shape, hp.vocab_size) and loss.ndim == 0
     assert relative_error(logits, expected_logits) <= exact
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=exact)
@@ -321,8 +324,35 @@ def test_the_order_without_loops_equals_the_reference_too(config, dtype):
         assert relative_error(build(hp, dtype)(some_tokens(length=15)[:, :-1]), without.double()) > 1e-3
 
 
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("longest", [4, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_inside_documents_equals_the_reference(dtype, longest, looping):
+    """Cut by BOS alone, and into pieces of four tokens; far from the rows as they are."""
+    hp = settings("pr1855")
+    inside = assert_equals_the_reference(hp, dtype, looping=looping, longest=longest)
+    model = build(hp, dtype)
+    model.looping = looping
+    with torch.no_grad():
+        assert relative_error(model(some_tokens(length=15)[:, :-1]), inside.double()) > 1e-2
+
+
+def test_another_token_of_one_document_changes_no_logit_of_another():
+    """In a row of three documents, the first and the last cut into pieces."""
+    tokens, model = some_tokens(batch=1, length=60, seed=3), build(settings("pr1855"), torch.float64)
+    tokens[0, [25, 31]] = 1
+    with torch.no_grad():
+        inside = lambda text: model(text, segments=tg.segment_starts(text, 20))[0]
+        before = inside(tokens)
+        for at, document in ((3, range(25)), (27, range(25, 31)), (40, range(31, 60))):
+            other = tokens.clone()
+            other[0, at] = 61 if tokens[0, at] == 60 else 60
+            moved = ((inside(other) - before).abs().amax(1) > 1e-9).nonzero().flatten().tolist()
+            assert moved[0] == at and set(moved) <= set(document)
+
+
 # Every technique off, and the other settings of the model elsewhere.
-CHANGES = {f"{name} off": {name: off} for name, off in OFF.items() if name in TECHNIQUES} | {
+CHANGES = {f"{name} off": {name: off} for name, off in OFF.items() if name in TECHNIQUES - CALLERS} | {
     "xsa layers": dict(xsa_last_n=2),
     "bigram buckets": dict(bigram_vocab_size=49),
     "value embedding layers": dict(ve_layers=(1, 2, 3)),
@@ -476,7 +506,7 @@ def loss_of(model):
         return float(model(tokens[:, :-1], tokens[:, 1:]))
 
 
-@pytest.mark.parametrize("technique", OFF)
+@pytest.mark.parametrize("technique", [name for name in OFF if name not in CALLERS])
 def test_a_technique_is_off_where_its_part_is_gone_or_silent(technique):
     """Its setting changes the loss, as its part's removal does, and the weights that silence it."""
     on, off = build(ALL_ON), build(dataclasses.replace(ALL_ON, **{technique: OFF[technique]}))
@@ -566,7 +596,8 @@ def test_attention_equals_the_reference(config):
 
 
 def machine(**changed):
-    hp = settings("all", **dict(device="cpu", dtype="fp32", attention="sdpa") | changed)
+    usual = dict(device="cpu", dtype="fp32", attention="sdpa", document_mask=False)
+    hp = settings("all", **usual | changed)
     return hp, tg.World(hp, {})
 
 
@@ -591,7 +622,7 @@ def test_a_kernel_is_its_operator_causal_and_without_dropout(kernel, options):
     if kernel == "efficient":  # takes no groups, and is dropped where they are asked for
         k, v = q, q
     with Operators() as operators:
-        assert tg.KERNELS[kernel]()(q, k, v).shape == (2, 16, 4, 8)
+        assert tg.KERNELS[kernel](16)(q, k, v).shape == (2, 16, 4, 8)
     wanted = f"aten::_scaled_dot_product_{kernel}_attention"
     assert [given for name, given in operators.ran if name == wanted] == [options]
 
@@ -600,7 +631,7 @@ def forced(monkeypatch, hopper=False, **kernels):
     """A machine that takes itself for one with CUDA, and has these kernels."""
     hp, world = machine(attention="auto")
     monkeypatch.setattr(
-        tg, "KERNELS", {name: lambda kernel=kernel: kernel for name, kernel in kernels.items()}
+        tg, "KERNELS", {name: lambda _, kernel=kernel: kernel for name, kernel in kernels.items()}
     )
     world.on_cuda, world.hopper = True, hopper
     world.seconds = lambda work, repeats=1: work() and 0.001
@@ -682,11 +713,68 @@ def test_a_kernel_that_breaks_the_graph_is_dropped_where_it_would_be_compiled(mo
 
 
 def test_a_cpu_measures_no_kernels():
-    assert tg.choose_attention(*machine(attention="auto")) == ("sdpa", tg.sdpa_attention)
+    name, attend = tg.choose_attention(*machine(attention="auto"))
+    q, k, v = torch.randn(3, 2, 8, 2, 8)
+    assert name == "sdpa" and torch.equal(attend(q, k, v), tg.sdpa_attention(q, k, v))
+
+
+def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+    """As FlashAttention's function of variable length: (n, H, d), bounds, lengths; a segment at a time."""
+    assert causal and cu_q is cu_k and cu_q.dtype == torch.int32 and longest_q == longest_k
+    ends = list(zip(cu_q.tolist(), cu_q[1:].tolist()))
+    assert max(end - at for at, end in ends) <= longest_q
+    parts = [tg.sdpa_attention(*(x[None, at:end] for x in (q, k, v)))[0] for at, end in ends if at < end]
+    return torch.cat(parts)
+
+
+def some_segments():
+    """Inputs of two rows of twelve, and bounds of which the last is repeated."""
+    q, k, v = torch.randn(3, 2, 12, 4, 8)
+    return (q, k[:, :, :2], v[:, :, :2]), torch.tensor([0, 5, 6, 12, 20, 24, 24, 24], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_by_padding_is_that_of_each_segment(compiling):
+    """Gradients too; under the compiler by the longest that there may be, for its shapes do not move."""
+    torch._dynamo.reset()
+    qkv, bounds = some_segments()
+    attend = tg.by_padding(tg.sdpa_attention, longest=9)
+    attend = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiling else attend
+    results = []
+    for function in (attend, lambda *given: varlen(*(x.flatten(0, 1) for x in given[:3]),
+                                                   bounds, bounds, 9, 9, causal=True).view_as(given[0])):  # fmt: skip
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        y = function(*leaves, bounds)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert (results[0][0] - tg.sdpa_attention(*qkv)).abs().max() > 0.1
+
+
+def test_attention_of_variable_length_is_called_as_it_wants(monkeypatch):
+    """torch's and FlashAttention 3's, in place of which a loop stands here; the shapes of both come back."""
+    qkv, bounds = some_segments()
+    expected = tg.sdpa_attention(*qkv, bounds)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        return varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    interface = types.SimpleNamespace(
+        flash_attn_func=lambda q, k, v, causal: tg.sdpa_attention(q, k, v),
+        flash_attn_varlen_func=lambda *given, causal: (varlen(*given, causal), "log-sum-exp"),
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+    for kernel in ("varlen", "fa3"):
+        attend = tg.KERNELS[kernel](9)
+        torch.testing.assert_close(attend(*qkv, bounds), expected)
+        torch.testing.assert_close(attend(*qkv), tg.sdpa_attention(*qkv))
 
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])
-def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
+@pytest.mark.parametrize("documents", [False, True])
+def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention, documents):
     """Causal, whatever its build gives back; a Hopper GPU without it hears of it."""
     calls, lines = [], []
     for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
@@ -695,9 +783,15 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
             calls.append(given)
             return outputs(tg.sdpa_attention(q, k, v))
 
-        interface = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+        def flash_attn_varlen_func(*given, outputs=outputs, **named):
+            calls.append(named)
+            return outputs(varlen(*given, **named))
+
+        interface = types.SimpleNamespace(
+            flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+        )
         monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
-        hp, world = machine(attention=attention)
+        hp, world = machine(attention=attention, document_mask=documents)
         world.on_cuda, world.hopper = True, True
         world.seconds = lambda work, repeats: 1.0 + (not calls)
         name, attend = tg.choose_attention(hp, world, log=lines.append)
