@@ -153,8 +153,7 @@ def test_a_slice_without_training_says_so(run):
     assert not failed(checks)
 
 
-@pytest.mark.parametrize("positions", [1, 2, 3, 256, 257, 258])
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(("positions", "passes"), [(1, 1), (2, 3), (3, 1), (256, 3), (257, 1), (258, 3)])
 def test_a_slice_of_any_length_fails_no_sound_artifact(run, finished, positions, passes):
     """One position has none before it; a chunk and one more have no loss between a training and a cut."""
     text = finished.validation.tokens[: positions + 1], finished.validation.byte_counts[:positions]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -312,12 +313,14 @@ def test_of_docstrings_the_script_s_own_stays():
 @pytest.mark.whole
 def test_the_packed_script_makes_the_same_run_and_counts_itself(packed, tmp_path, tiny):
     """Every stage, bit for bit; its log begins with it, so a submission holds it."""
-    results = {}
-    for name, script in (("readable", ROOT / "train_gpt.py"), ("packed", packed[0])):
+
+    def result(name, script):
         done = run_script(tmp_path, tiny | {"RUN_ID": name, "ITERATIONS": "8"}, script=script)
         assert done.returncode == 0, done.stderr
-        results[name] = json.loads((tmp_path / "logs" / name / "result.json").read_text())
-    ours, theirs = results["packed"], results["readable"]
+        return json.loads((tmp_path / "logs" / name / "result.json").read_text())
+
+    with ThreadPoolExecutor() as side_by_side:
+        ours, theirs = side_by_side.map(result, ("packed", "readable"), (packed[0], ROOT / "train_gpt.py"))
     assert ours["bpb"] == theirs["bpb"] and ours["params"] == theirs["params"]
     assert ours["artifact"]["code_bytes"] == packed[0].stat().st_size < theirs["artifact"]["code_bytes"] / 3
     assert submit.script_of(shared.Run.open(tmp_path / "logs/packed")) == packed[0].read_bytes()

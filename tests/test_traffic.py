@@ -49,8 +49,7 @@ def test_two_of_its_layers_move_what_was_counted(two):
 @pytest.mark.parametrize("preset", ["pr606", "pr601"])
 def test_memory_is_foreseen_within_a_tenth(preset):
     """By the formula that sets the micro-batch; what the loss needs is not kept."""
-    three = {"pr606": {"NUM_LAYERS": "3", "VE_LAYERS": "1,2"}, "pr601": {"NUM_LAYERS": "3"}}[preset]
-    hp = settings(preset, **three)
+    hp = settings(preset, **{"pr606": TWO, "pr601": {"NUM_LAYERS": "3"}}[preset])
     saved = traffic.saved_bytes(traffic.trace(hp, 4)[0][0]) / (4 * hp.train_seq_len)
     foreseen = tg.activation_bytes(hp, tg.World(hp, {}), compiling=True) - 12 * hp.vocab_size
     assert foreseen == pytest.approx(saved, rel=0.1)
@@ -68,7 +67,7 @@ def scattered(p, y):
     return p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
 
 
-@pytest.mark.parametrize("planted", ["fp32 kept", "scatter"])
+@pytest.mark.parametrize("planted", ["fp32 kept", pytest.param("scatter", marks=pytest.mark.slow)])
 def test_a_waste_is_seen(two, monkeypatch, planted):
     if planted == "fp32 kept":
         monkeypatch.setattr(tg, "remove_own_value", with_direction)
