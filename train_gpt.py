@@ -230,8 +230,8 @@ def conflicts(hp: Hyperparameters) -> list[str]:
         (hp.parallel_start_layer >= hp.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
         (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
-        (hp.document_mask and hp.train_batch_tokens % SPANS_PER_STEP,
-         f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS in multiples of {SPANS_PER_STEP}"),
+        (hp.document_mask and (hp.train_batch_tokens % SPANS_PER_STEP or hp.rope_ntk_reference),
+         f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
         (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
@@ -1838,11 +1838,11 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, tempe
     return torch.cat(losses)
 
 
-def document_windows(tokens: Tensor, longest: int, most: int) -> list[Window]:
-    """Windows of whole segments side by side, of at most `most` positions; tokens (positions + 1,)."""
-    bounds, start, windows = segment_starts(tokens[None, :-1], longest).tolist(), 0, []
+def document_windows(tokens: Tensor, most: int) -> list[Window]:
+    """Windows of whole documents, of at most `most` positions or of one document; tokens (positions + 1,)."""
+    bounds, start, windows = segment_starts(tokens[None, :-1], len(tokens)).tolist(), 0, []
     for at, end in itertools.pairwise(bounds):
-        if end - start > most:
+        if end - start > most and at > start:
             windows.append((start, at, start))
             start = at
     return [*windows, (start, bounds[-1], start)]
@@ -1898,7 +1898,7 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
     batch_tokens = scoring_batch_tokens(hp, world)
     windows = sliding_windows(positions, hp.eval_seq_len, stride)
     if hp.document_mask and stride == hp.eval_seq_len:  # windows of any length: not compiled
-        windows, score_fn = document_windows(validation.tokens, hp.eval_seq_len, batch_tokens), token_losses
+        windows, score_fn = document_windows(validation.tokens, batch_tokens), token_losses
     progress = ProgressLine(run.log, name, positions // world.size)
     return evaluate(model, validation.tokens, validation.byte_counts, windows, world, batch_tokens,
                     score_fn=score_fn, progress=progress)

@@ -645,7 +645,7 @@ def audit(artifact: Path, places: Mapping[str, str], positions: int | None = Non
 
 @dataclass
 class Switch:
-    """What switches a technique off: weights with other values, places without a part, layers that run once."""
+    """What switches a technique off: other weights, places without a part, layers that run once."""
 
     weights: dict[str, float | tuple[float, ...]] = field(default_factory=dict)
     places: list[dict] = field(default_factory=list)

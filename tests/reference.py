@@ -265,7 +265,9 @@ def _sequence_logits(state, hp, ids, eps, looping, longest):
             x = h + moved
         else:
             r, p = state["parallel_resid_lambdas"][layer], state["parallel_post_lambdas"][layer]
-            x, other = (r[j] * lane + p[0, j] * attended + p[1, j] * moved for j, lane in ((0, x), (1, other)))
+            x, other = (
+                r[j] * lane + p[0, j] * attended + p[1, j] * moved for j, lane in ((0, x), (1, other))
+            )
         if position < encoder:
             stack.append(x)
     x = x if other is None else (x + other) / 2

@@ -70,13 +70,15 @@ def test_newton_schulz_of_a_stack_is_matrix_by_matrix(shape):
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
 def test_polar_express_equals_float64_and_makes_singular_values_one(shape):
-    """Those of at least 0.001 after normalisation end within 0.15 of 1, where Jordan's are up to a half off."""
+    """Those of at least 0.001 after normalisation end within 0.15 of 1; Jordan's are up to a half off."""
     u, _, v = torch.linalg.svd(noise(*shape).double(), full_matrices=False)
     values = torch.logspace(0, -2.8, min(shape), dtype=torch.float64)
     values = (values / values.norm()).clamp_min(0.00105)
     assert values.min() / values.norm() < 0.0013
     matrix = (7 * u * values @ v).float()
-    found = {name: tg.newton_schulz(matrix, dtype=torch.float32, coefficients=name) for name in tg.COEFFICIENTS}
+    found = {
+        name: tg.newton_schulz(matrix, dtype=torch.float32, coefficients=name) for name in tg.COEFFICIENTS
+    }
     assert distance(found["polar"], reference_newton_schulz(matrix, coefficients=POLAR_EXPRESS)) < 1e-4
     ends = {name: torch.linalg.svdvals(each) for name, each in found.items()}
     assert 0.85 < ends["polar"].min() and ends["polar"].max() < 1.15 and ends["jordan"].min() < 0.7
@@ -332,9 +334,10 @@ def test_steps_equal_plain_optimisers(preset):
     begins = {name: p.detach().clone() for name, p in parameters.items()}
     for scale, momentum in schedule:
         x, y = twin.batch()
+        text = x, y, tg.document_bounds(twin.hp, x, twin.hp.train_seq_len, twin.world)
         for p in parameters.values():
             p.grad = torch.zeros_like(p)
-        torch.func.functional_call(twin.model, parameters, (x, y)).backward()
+        torch.func.functional_call(twin.model, parameters, text).backward()
         assert torch.nn.utils.clip_grad_norm_(parameters.values(), 0.3) > 0.3
         for group, lr in zip(adamw.param_groups, rates, strict=True):
             group["lr"] = lr * scale

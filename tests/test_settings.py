@@ -414,7 +414,8 @@ def test_numbers_at_their_bounds_and_just_beyond(name):
     """A closed end is taken, an open one and what lies beyond are refused by name; no combination crashes."""
     like, within = FIELDS[name].default, FIELDS[name].metadata["within"]
     if isinstance(like, bool):
-        assert [getattr(from_env({name.upper(): text}), name) for text in ("0", "1")] == [False, True]
+        known = {"TTT_ENABLED": "0", "ROPE_NTK_REFERENCE": "0"} if name == "document_mask" else {}
+        assert [getattr(from_env(known | {name.upper(): text}), name) for text in ("0", "1")] == [False, True]
         return
 
     def refused(value):
