@@ -123,6 +123,14 @@ def at_rate(trained: Variant, rule: str, bits: float) -> Variant:
 STEPS = {(rule, bits): at_rate(NONE, rule, bits) for bits in RATES for rule in ("absmax", "sigma", "water")}
 STEPS_AFTER_QAT = {(what.label, rule): at_rate(what, rule, 3.0) for what in (NONE, SOFT, STE)
                    for rule in ("absmax", "sigma", "water")}
+# Half a run whose QAT trains on the steps that its own file will have.
+AT_RATE = {title: variant(f"qat-{label}-at3", "ITERATIONS=425 WARMDOWN_ITERS=330 ATTN_BITS=8 MLP_BITS=8 "
+                          f"TARGET_BITS=3 {settings}")
+           for label, title, settings in (
+               ("none", "none", "LATE_QAT_THRESHOLD=0"), ("soft", "soft-round below 0.15", ""),
+               ("ste", "straight-through below 0.3", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3"))}
+QAT_AT_RATE = {(title, q): variant(f"{what.label}-{q}", f"{SCORED} QUANTIZER={q}", what)
+               for title, what in AT_RATE.items() for q in ("rtn", "gptq")}
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -146,7 +154,7 @@ def unread(hp) -> set[str]:
     if not hp.ttt_enabled:
         names |= {name for name in fields("score") if name.startswith("ttt_")}
     if "quantize" not in stages:  # QAT trains on the grid that these give
-        grid = {"attn_bits", "mlp_bits", "artifact_limit"} if hp.late_qat_threshold else set()
+        grid = {"attn_bits", "mlp_bits", "artifact_limit", "target_bits"} if hp.late_qat_threshold else set()
         names |= fields("quantise").keys() - grid
     if not hp.late_qat_threshold:
         names |= {"soft_round_qat", "soft_round_alpha"}
@@ -312,6 +320,19 @@ def after_qat_table(bench: Bench) -> list[str]:
     return markdown(*rows)
 
 
+def qat_at_rate_table(bench: Bench) -> list[str]:
+    """Whether QAT pays at a low rate, when it trains on the grid that the file has."""
+    rows = []
+    for title, what in AT_RATE.items():
+        row = [title, spread(bench.values(what, "bpb.float"))]
+        for quantizer in ("rtn", "gptq"):
+            bpb, base = (bench.values(QAT_AT_RATE[each, quantizer], "bpb.roundtrip")
+                         for each in (title, "none"))
+            row += [spread(bpb), spread(paired(bpb, base), "+.4f")]
+        rows.append(row)
+    return markdown(("QAT", "float bpb", "plain rounding", "effect", "GPTQ", "effect"), *rows)
+
+
 def ttt_table(bench: Bench) -> list[str]:
     """The same artifacts scored without and with test-time training."""
     base = bench.values(PLAIN, "bpb.sliding")
@@ -328,6 +349,7 @@ STUDIES = {  # name: variants, and the table over their finished runs
     "quantizers": (list(QUANTIZERS.values()), quantizers_table),
     "steps": (list(STEPS.values()), steps_table),
     "steps-after-qat": (list(STEPS_AFTER_QAT.values()), after_qat_table),
+    "qat-at-rate": (list(QAT_AT_RATE.values()), qat_at_rate_table),
     "ttt": (list(TTT.values()), ttt_table),
 }
 

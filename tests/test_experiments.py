@@ -77,8 +77,16 @@ def test_run_ids_and_settings_of_the_studies():
     }
     trained = {what.label for _, what, _ in ex.QAT}
     rounded = {what.label for study in ("qat", "quantizers") for what in ex.STUDIES[study][0]}
-    rounded |= {what.label for study in ("steps", "steps-after-qat") for what in ex.STUDIES[study][0]}
+    for study in ("steps", "steps-after-qat", "qat-at-rate"):
+        rounded |= {what.label for what in ex.STUDIES[study][0]}
+    trained |= {what.label for what in ex.AT_RATE.values()}
     assert {label for label in ours if label.startswith("qat")} - rounded == trained
+    at_rate = [
+        ours[f"qat-{kind}-at3{rest}"] for kind in ("none", "soft", "ste") for rest in ("", "-rtn", "-gptq")
+    ]
+    assert {(each["TARGET_BITS"], each["ATTN_BITS"], each["ITERATIONS"]) for each in at_rate} == {
+        ("3", "8", "425")
+    }
     three = ours["qat-none-water-3.0"]
     assert (three["STEP_RULE"], three["TARGET_BITS"], three["MLP_BITS"]) == ("water", "3.0", "8")
 
