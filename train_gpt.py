@@ -124,8 +124,8 @@ PRESETS: dict[str, dict[str, object]] = {
         matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, muon_momentum=0.97, muon_equalise=True,
         muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
         warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, late_qat_threshold=0.0,
-        step_rule="sigma", attn_bits=6, mlp_bits=6, embed_bits=7, prune_pct=0.0, gptq_calib_sequences=768,
-        ttt_enabled=False,
+        step_rule="sigma", attn_bits=6, mlp_bits=6, embed_bits=7, embed_gptq=True, prune_pct=0.0,
+        gptq_calib_sequences=768, ttt_enabled=False,
     ),
 }
 # What two CPU cores take in minutes.
@@ -367,6 +367,7 @@ class Hyperparameters:
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
+    embed_gptq: bool = _quantise(False, "the tied table is quantised as the matrices are")
     prune_pct: float = _quantise(0.02, "share of weights, the smallest, set to zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
     artifact_limit: int = _quantise(16_000_000, "bytes of code and model, at most", COUNT)
@@ -1332,9 +1333,11 @@ class FakeQuantizer:
 # Names in the state dict are the submissions' own.
 
 GATE_WINDOW = 12  # channels that #1855's gates read
-# What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
-ROLES = {"attn": ("matrix", "attn_bits"), "mlp": ("matrix", "mlp_bits"), "embed": ("embed", "embed_bits"),
-         "matrix": ("matrix", None), "control": ("control", None)}
+# What a tensor is: its optimiser's group, and where it is quantised the setting of its bits, and at how many
+# deviations of its row SDClip has the largest code (#1855's).
+ROLES = {"attn": ("matrix", "attn_bits", 13.0), "mlp": ("matrix", "mlp_bits", 11.5),
+         "embed": ("embed", "embed_bits", 14.0), "matrix": ("matrix", None, 0.0),
+         "control": ("control", None, 0.0)}
 
 
 class CastLinear(nn.Module):
@@ -1683,8 +1686,11 @@ class GPT(nn.Module):
         return {name: owned.get(name, "control") for name, _ in self.named_parameters()}
 
     def max_codes(self, group: str) -> dict[str, int]:
-        """Largest codes of the quantised tensors of a group, matrix or embed."""
-        chosen = {name: ROLES[role][1] for name, role in self.roles().items() if ROLES[role][0] == group}
+        """Largest codes of what is quantised as a matrix, or as a table: of the group embed."""
+        groups = {name: ROLES[role] for name, role in self.roles().items()}
+        if self.hp.embed_gptq:
+            groups["tok_emb.weight"] = "matrix", *ROLES["embed"][1:]
+        chosen = {name: bits for name, (kind, bits, _) in groups.items() if kind == group}
         return {name: 2 ** (getattr(self.hp, bits) - 1) - 1 for name, bits in chosen.items() if bits}
 
     def use(self, attend: Callable) -> GPT:
@@ -2176,26 +2182,27 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     The mean squared gradient, K-FAC's other factor (arXiv:1503.05671), times a row's frequency; at the output
     the squared error of the probabilities.
     """
-    tables, calls, hooks = model.max_codes("embed"), {}, []
+    tables, calls, hooks = model.max_codes("embed"), collections.defaultdict(list), []
     names = [*model.max_codes("matrix"), *tables]
     power = torch.zeros(len(names), device=world.device)
     counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls.update({name: call})))
+        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls[name].append(call)))
     for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with world.autocast():
             segments = document_bounds(model.hp, x, x.size(1), world)
             p = model(x, None, segments).softmax(-1)
+            calls.clear()
             with torch.enable_grad():
                 loss = model(x, y, segments) * y.numel()
-        to_outputs = torch.autograd.grad(loss, [calls[name][2] for name in names])
-        squares = [each.float().square().mean(-1).sum() for each in to_outputs]
-        squares[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
-        power += torch.stack(squares)
+        outputs = [(i, call[2]) for i, name in enumerate(names) for call in calls[name]]  # at every visit
+        for (i, _), each in zip(outputs, torch.autograd.grad(loss, [output for _, output in outputs])):
+            power[i] += each.float().square().mean(-1).sum()
+        power[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
         for name, count in counts.items():
-            count += torch.bincount(calls[name][1][0].flatten(), minlength=len(count))
+            count += torch.bincount(calls[name][0][1][0].flatten(), minlength=len(count))
     for hook in hooks:
         hook.remove()
     found = dict(zip(names, world.sum_(power) / sequences[:, 1:].size))
@@ -2217,13 +2224,16 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
     for name in dict.fromkeys(map(read_by, matrices)):
         layer = model.get_submodule(name.removesuffix(".weight"))
         hessians[name] = torch.zeros(2 * [layer.weight.size(1)], device=world.device)
-        hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
+        if name != "tok_emb.weight":  # which reads the stream at the output
+            hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
     mine = world.shard(len(sequences))
     rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
     for at in range(mine.start, mine.stop, size):
         part = rows[at: min(at + size, mine.stop)].to(world.device)
         with world.autocast():
-            model.hidden(part, document_bounds(model.hp, part, part.size(1), world))
+            hidden = model.hidden(part, document_bounds(model.hp, part, part.size(1), world))
+        if "tok_emb.weight" in hessians:
+            add(hessians["tok_emb.weight"], None, (hidden,))
     for hook in hooks:
         hook.remove()
     for hessian in hessians.values():
@@ -2291,9 +2301,9 @@ def lite_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
 
 
-def sigma_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
-    """SDClip: the largest code is 12.85 deviations of its row, #1855's k, before the rate's factor."""
-    return (weight.std(-1) * (12.85 * multiplier / max_code)).clamp_min(SCALE_FLOOR)
+def sigma_scales(weight: Tensor, max_code: int, multiplier: float, deviations: float) -> Tensor:
+    """SDClip: the largest code is so many deviations of its row, before the rate's factor."""
+    return (weight.std(-1) * (deviations * multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
 def water_columns(weight: Tensor, scales: Tensor, max_code: int, diagonal: Tensor) -> Tensor:
@@ -2357,13 +2367,13 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
 
 
 FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
-STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
-    "absmax": lambda *grid, diagonal: row_scales(*grid),
-    "clip": lambda weight, max_code, multiplier, diagonal:
+STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in), role) -> (k, out)
+    "absmax": lambda *grid, diagonal, role: row_scales(*grid),
+    "clip": lambda weight, max_code, multiplier, diagonal, role:
         multiplier * search_scales(weight, diagonal(), max_code),
-    "lite": lambda *grid, diagonal: lite_scales(*grid),
-    "sigma": lambda *grid, diagonal: sigma_scales(*grid),
-    "water": lambda weight, _, multiplier, diagonal:  # every weight then costs as many nats
+    "lite": lambda *grid, diagonal, role: lite_scales(*grid),
+    "sigma": lambda *grid, diagonal, role: sigma_scales(*grid, ROLES[role][2]),
+    "water": lambda weight, _, multiplier, diagonal, role:  # every weight then costs as many nats
         (FINEST * multiplier * diagonal().log2().mean(-1, keepdim=True).exp2()).expand(weight.shape[:-1]),
 }
 QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
@@ -2373,9 +2383,9 @@ QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
 
 
 def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
-            diagonal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+            diagonal: Callable[[], Tensor], role: str = "attn") -> tuple[Tensor, Tensor]:
     """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
-    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal))
+    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal, role=role))
     columns = torch.zeros_like(weight[:, 0])
     if rule == "water":
         columns = water_columns(weight, scales, max_code, diagonal())
@@ -2416,8 +2426,8 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
     """Quantised tensors on the CPU; by role and matrix the errors of plain rounding and of these."""
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
     done, report = quantize_rest(model, weights, hessians, multiplier), {"matrices": {}}
-    kind = lambda name: (tuple(weights[name].shape), matrices[name])
-    for (shape, max_code), group in itertools.groupby(sorted(matrices, key=kind), kind):
+    kind = lambda name: (tuple(weights[name].shape), matrices[name], roles[name])
+    for (shape, max_code, role), group in itertools.groupby(sorted(matrices, key=kind), kind):
         names = list(group)
         own = world.shard(len(names))
         codes = torch.zeros(len(names), *shape, dtype=torch.int8, device=world.device)
@@ -2429,7 +2439,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[names[i]] for i in own])
             plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
-            grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H))
+            grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H), role)
             q = QUANTIZERS[hp.quantizer](W, H, max_code, *grid)
             codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
@@ -2437,11 +2447,10 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
         for part in (codes, scales, columns, errors):
             world.sum_(part)
         for i, name in enumerate(names):
-            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name],
-                                         columns[i].cpu())
+            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, role, columns[i].cpu())
             before, after = report["matrices"][name] = errors[i].tolist()
             floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
-            report.setdefault(roles[name], collections.Counter()).update(
+            report.setdefault(role, collections.Counter()).update(
                 matrices=1, error_rounding=before, error=after, floored_rows=floored_rows)
     return done, report
 
@@ -2708,7 +2717,7 @@ class Rate:
             diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
             rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
-            scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
+            scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal, roles[name])
             codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
             side[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
         begin, level = rest(1.0), 3 if tables else LEVEL  # quickly, where again and again
@@ -2724,10 +2733,10 @@ class Rate:
 
     def bytes(self, multiplier: float) -> float:
         total, classes = self.side + self.rest(multiplier), []
-        for (_, max_code), samples in self.samples.items():
+        for (role, max_code), samples in self.samples.items():
             counts = np.zeros((CLASSES, 256))
             for rows, times, diagonal in samples:
-                scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal)
+                scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal, role)
                 found, parts = by_class(round_to_grid(rows, scales, max_code, columns).codes, max_code)
                 counts += times * histogram(parts)
                 classes.append(tensor_bytes(found))
