@@ -745,8 +745,8 @@ def test_attention_by_padding_is_that_of_each_segment(compiling):
     attend = tg.by_padding(tg.sdpa_attention, longest=9)
     attend = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiling else attend
     results = []
-    for function in (attend, lambda *given: varlen(*(x.flatten(0, 1) for x in given[:3]),
-                                                   bounds, bounds, 9, 9, causal=True).view_as(given[0])):  # fmt: skip
+    loop = lambda *given: varlen(*(x.flatten(0, 1) for x in given[:3]), bounds, bounds, 9, 9, causal=True)
+    for function in (attend, lambda *given: loop(*given).view_as(given[0])):
         leaves = [x.clone().requires_grad_() for x in qkv]
         y = function(*leaves, bounds)
         results.append([y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))])

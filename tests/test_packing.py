@@ -936,7 +936,8 @@ def test_a_technique_that_the_file_does_not_name_is_off(artifact, name):
     """It was written before there was such a technique; what the caller's settings say does not count."""
     world, hp, _ = artifact
     on = dict(num_layers=4, sparse_attn_gate_enabled=True, num_loops=2, loop_start=1, loop_end=2)
-    hp = dataclasses.replace(hp, **on, skip_gates_enabled=True, parallel_start_layer=3)
+    on |= dict(skip_gates_enabled=True, parallel_start_layer=3, document_mask=True, ttt_enabled=False)
+    hp = dataclasses.replace(hp, **on)
     plain = dataclasses.replace(hp, **{name: TECHNIQUES[name]})
     assert getattr(hp, name) != TECHNIQUES[name]
     earlier = with_settings(packed_model(plain), without=(name,))
