@@ -129,21 +129,16 @@ PRESETS: dict[str, dict[str, object]] = {
     ),
 }
 
-# The submissions' other spellings.
+# The submissions' other spellings: the setting, and of a switch what 0 and 1 say of it, - for nothing.
 SPELLINGS = {
     "BIGRAM_BUCKETS": "bigram_vocab_size", "XSA_LAYERS": "xsa_last_n", "PARTIAL_ROPE_DIMS": "rope_dims",
     "WEIGHT_DECAY_MUON": "muon_wd", "WEIGHT_DECAY_ADAM": "adam_wd", "QUANT_BITS": "attn_bits",
     "SGD_TTT_LR": "ttt_lr", "SGD_TTT_MOMENTUM": "ttt_momentum", "SGD_TTT_EPOCHS": "ttt_epochs",
-    "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens", "TTT_COSINE_LR": "ttt_schedule",
-    "FULL_GPTQ": "quantizer", "GPTQ_LITE": "step_rule", "INT5_MLP": "mlp_bits", "SWA_ENABLED": "averaging",
-    "BIGRAM_HASH": "bigram_vocab_size", "EMA_ENABLED": "averaging", "LATE_QAT": "late_qat_threshold",
-}
-# What such a switch says of its setting; None says nothing.
-SWITCHES = {
-    "TTT_COSINE_LR": {"1": "chunk", "0": "constant"}, "FULL_GPTQ": {"1": "gptq", "0": "rtn"},
-    "GPTQ_LITE": {"1": "lite", "0": None}, "INT5_MLP": {"1": "5", "0": "6"},
-    "BIGRAM_HASH": {"1": None, "0": "0"}, "EMA_ENABLED": {"1": "ema", "0": "none"},
-    "SWA_ENABLED": {"1": "swa", "0": None}, "LATE_QAT": {"1": None, "0": "0"},
+    "SGD_TTT_PARAM_SET": "ttt_params", "TTT_CHUNK_SIZE": "ttt_chunk_tokens",
+    "TTT_COSINE_LR": "ttt_schedule constant chunk", "FULL_GPTQ": "quantizer rtn gptq",
+    "GPTQ_LITE": "step_rule - lite", "INT5_MLP": "mlp_bits 6 5", "BIGRAM_HASH": "bigram_vocab_size 0 -",
+    "EMA_ENABLED": "averaging none ema", "SWA_ENABLED": "averaging - swa",
+    "LATE_QAT": "late_qat_threshold 0 -",
 }
 # Techniques not carried, constants, run.sh's own: the one value that may be said.
 FIXED = {
@@ -186,15 +181,14 @@ def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[st
 
 
 def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) -> tuple[str, object] | None:
-    """The setting that a name means, and its value; None for nothing; ValueError or KeyError."""
+    """The setting that a name means, and its value; None for nothing; ValueError."""
     plain, only = {"true": "1", "false": "0"}.get(text.lower(), text), FIXED.get(name)
     if only is not None and text and (not only or float(plain) != float(only)):
         raise ValueError
-    key = SPELLINGS.get(name, name.lower() if name.isupper() else "")
-    if key not in fields or not text:
-        return None
-    said = SWITCHES[name][plain] if name in SWITCHES else text
-    return None if said is None else (key, _parse(said, fields[key].default))
+    key, *said = SPELLINGS[name].split() if name in SPELLINGS else [name.swapcase()]
+    if text and said:
+        text = said[("0", "1").index(plain)].strip("-")
+    return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
 
 def conflicts(hp: Hyperparameters) -> list[str]:
@@ -243,7 +237,7 @@ def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Fi
     for name in sorted(env.keys() - {"GPTQ_LITE" if full else ""}):
         try:
             key, value = read_setting(name, env[name], fields) or ("", None)
-        except (ValueError, KeyError):
+        except ValueError:
             errors.append(f"{name}={brief(env[name])} is no value that it can have; see --help, or unset it")
         else:
             other, earlier = given.setdefault(key, (name, value))
