@@ -230,22 +230,6 @@ def problems(hp: Hyperparameters) -> list[str]:
     return found or conflicts(hp)
 
 
-def read_environment(env: Mapping[str, str], fields: Mapping[str, dataclasses.Field]) -> tuple[dict, list]:
-    """What an environment sets, and a line for every mistake."""
-    given, errors = {}, doubtful_names(env, fields)[0]
-    full = env.get("FULL_GPTQ", "").lower() in ("1", "true")  # #601's full path never asks for GPTQ_LITE
-    for name in sorted(env.keys() - {"GPTQ_LITE" if full else ""}):
-        try:
-            key, value = read_setting(name, env[name], fields) or ("", None)
-        except ValueError:
-            errors.append(f"{name}={brief(env[name])} is no value that it can have; see --help, or unset it")
-        else:
-            other, earlier = given.setdefault(key, (name, value))
-            if other != name and earlier != value:
-                errors.append(f"{other} and {name} say different things; set one of them")
-    return {key: value for key, (_, value) in given.items() if key}, errors
-
-
 @dataclass(frozen=True)
 class Hyperparameters:
     """Every setting; its environment variable is the name in capitals."""
@@ -353,7 +337,20 @@ class Hyperparameters:
     @staticmethod
     def from_env(env: Mapping[str, str]) -> Hyperparameters:
         """Settings from a mapping; ValueError tells every mistake."""
-        given, errors = read_environment(env, Hyperparameters.fields())
+        said, fields = {}, Hyperparameters.fields()
+        errors, _ = doubtful_names(env, fields)
+        full = env.get("FULL_GPTQ", "").lower() in ("1", "true")  # #601's full path never asks for GPTQ_LITE
+        for name in sorted(env.keys() - {"GPTQ_LITE" if full else ""}):
+            try:
+                key, value = read_setting(name, env[name], fields) or ("", None)
+            except ValueError:
+                errors.append(f"{name}={brief(env[name])} is no value that it can have; see --help, "
+                              "or unset it")
+            else:
+                other, earlier = said.setdefault(key, (name, value))
+                if earlier != value:
+                    errors.append(f"{other} and {name} say different things; set one of them")
+        given = {key: value for key, (_, value) in said.items() if key}
         hp = Hyperparameters(**PRESETS.get(given.get("preset"), {}) | given)
         if errors := [*errors, *problems(hp)]:
             raise UserError("\n".join(errors))
