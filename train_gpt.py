@@ -41,6 +41,7 @@ import signal
 import struct
 import sys
 import time
+import timeit
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -468,10 +469,8 @@ class World:
             raise UserError(f"{local + 1} processes want a CUDA device, but PyTorch sees {devices}; lower "
                             f"--nproc_per_node (NPROC), install torch for CUDA, or set DEVICE=cpu")
         self.device = torch.device(f"cuda:{local}" if self.on_cuda else "cpu")
-        self.tuning, self.hopper = TUNING[self.device.type], False
-        if self.on_cuda:
-            torch.cuda.set_device(self.device)
-            self.hopper = torch.cuda.get_device_capability(self.device)[0] == 9
+        self.tuning, self.api = TUNING[self.device.type], torch.get_device_module(self.device)
+        self.api.set_device(self.device)
         if self.grouped:
             backend = "nccl" if self.on_cuda else "gloo"
             with reading(f"the network of {backend}", f"check {backend.upper()}_SOCKET_IFNAME"):
@@ -508,8 +507,7 @@ class World:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def synchronize(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize(self.device)
+        self.api.synchronize(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
@@ -520,9 +518,7 @@ class World:
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """A copy, and what waits for it."""
-        if not self.on_cuda:
-            return tensor.clone(), lambda: None
-        copy, event = torch.empty(tensor.shape, pin_memory=True), torch.cuda.Event()
+        copy, event = torch.empty_like(tensor, device="cpu", pin_memory=self.on_cuda), self.api.Event()
         copy.copy_(tensor, non_blocking=True)
         event.record()
         return copy, event.synchronize
@@ -535,14 +531,8 @@ class World:
 
     def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
         """The shortest time that some work took."""
-        least = math.inf
-        for _ in range(repeats):
-            self.synchronize()
-            start = time.perf_counter()
-            work()
-            self.synchronize()
-            least = min(least, time.perf_counter() - start)
-        return least
+        run = lambda: (work(), self.synchronize())
+        return min(timeit.repeat(run, self.synchronize, repeat=repeats, number=1))
 
     def matrix_rate(self) -> float:
         """Measured FLOP per second."""
@@ -561,6 +551,13 @@ class World:
         dist.destroy_process_group()
 
 
+def both_ways(function: Callable, *given: Tensor) -> list[Tensor]:
+    """What a function returns, and its gradients; the last of what is given comes back to the output."""
+    *inputs, to_y = (x.detach().requires_grad_() for x in given)
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, to_y)]
+
+
 def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) -> str:
     """Set the world's dtype: DTYPE's, an earlier stage's, else the faster one; returns a log line."""
     N, D, hidden, why = world.tuning.probe, hp.model_dim, int(hp.mlp_mult * hp.model_dim), "as DTYPE says"
@@ -568,14 +565,10 @@ def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) ->
     if hp.dtype == "auto" and known in names:
         world.dtype, why = names[known], "as the run had it"
     elif hp.dtype == "auto":
-        weights = [torch.ones(rows, columns, device=world.device, requires_grad=True)
-                   for rows, columns in ((D, D), (hidden, D), (D, hidden), (hp.vocab_size, D))]
-
         def passes(dtype) -> None:
-            for w in weights:
-                x = torch.ones(N, w.size(1), device=world.device, dtype=dtype, requires_grad=True)
-                y = F.linear(x, w.to(dtype))
-                torch.autograd.grad(y, (x, w), torch.ones_like(y))
+            ones = partial(torch.ones, dtype=dtype, device=world.device)
+            for rows, columns in ((D, D), (hidden, D), (D, hidden), (hp.vocab_size, D)):
+                both_ways(F.linear, ones(N, columns), ones(rows, columns), ones(N, rows))
         times = {name: 1000 * world.max(world.seconds(partial(passes, dtype), repeats=3))
                  for name, dtype in ARITHMETIC.items()}
         world.dtype = ARITHMETIC["bf16" if times["bf16"] < 0.95 * times["fp32"] else "fp32"]
@@ -624,20 +617,15 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
     draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
     for T in (hp.eval_seq_len, hp.train_seq_len):
-        shapes = [(max(16384 // T, 1), T, heads, width) for heads in (hp.num_heads, *[hp.num_kv_heads] * 2)]
-        inputs = [torch.randn(shape, generator=draw, device=world.device) for shape in (*shapes, shapes[0])]
-
-        def passes(function, *given) -> list[Tensor]:
-            *qkv, to_y = (x.clone().requires_grad_() for x in given)
-            y = function(*qkv)
-            return [y, *torch.autograd.grad(y, qkv, to_y)]
-
-        ours = [x.to(world.dtype) for x in inputs]
-        for found, exact in zip(passes(attend, *ours), passes(sdpa_attention, *map(Tensor.float, ours))):
+        shapes = [(max(16384 // T, 1), T, heads, width)
+                  for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
+        given = [torch.randn(shape, generator=draw, device=world.device).to(world.dtype) for shape in shapes]
+        wanted = both_ways(sdpa_attention, *map(Tensor.float, given))
+        for found, exact in zip(both_ways(attend, *given), wanted):
             off = ((found.float() - exact).norm() / exact.norm()).item()
             if not off <= MOST_OFF:
                 raise ArithmeticError(f"differs from float32 by {off:.3g} where {MOST_OFF} is allowed")
-    return 1000 * world.seconds(lambda: passes(attend, *ours), repeats=4)
+    return 1000 * world.seconds(lambda: both_ways(attend, *given), repeats=4)
 
 
 def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
@@ -645,25 +633,23 @@ def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
     """Name and function of the fastest that is right."""
     if not world.on_cuda and hp.attention == "auto":
         return "sdpa", sdpa_attention
-    times, functions = {}, {}
+    times = {}  # of the slowest rank, so that all choose alike
     for name in (KERNELS if hp.attention == "auto" else [hp.attention]):
-        fault, times[name] = "", math.inf
+        taken, fault = math.inf, "on another rank"
         try:
-            functions[name] = KERNELS[name]()
-            times[name] = try_attention(functions[name], hp, world, compiling)
+            taken = try_attention(KERNELS[name](), hp, world, compiling)
         except Exception as error:  # whatever a kernel or its compilation does
             fault = f"{type(error).__name__}: {brief(error, 160)}"
-        times[name] = world.max(times[name])
+        times[name] = world.max(taken)
         if times[name] == math.inf:
-            log(f"attention:{name} dropped: {fault or 'on another rank'}")
+            log(f"attention:{name} dropped: {fault}")
     best = min(times, key=times.get)
-    best = [*times][world.broadcast_(torch.tensor([*times].index(best), device=world.device))]
     if times[best] == math.inf:
         raise UserError(f"ATTENTION={hp.attention}: no kernel gives what float32 gives; the log says why")
-    if world.hopper and best != "fa3":
+    if best != "fa3" and world.on_cuda and torch.cuda.get_device_capability(world.device)[0] == 9:
         log("attention:WITHOUT FlashAttention 3, with which a Hopper GPU takes about a sixth more steps; pip "
             "install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130")
-    return f"{best} (ms per layer and 16,384 tokens: {key_values(times)})", functions[best]
+    return f"{best} (ms per layer and 16,384 tokens: {key_values(times)})", KERNELS[best]()
 
 
 def wants_compile(hp: Hyperparameters, world: World) -> bool:

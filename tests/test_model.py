@@ -549,13 +549,14 @@ def test_a_kernel_is_its_operator_causal_and_without_dropout(kernel, options):
     assert [given for name, given in operators.ran if name == wanted] == [options]
 
 
-def forced(monkeypatch, hopper=False, **kernels):
+def forced(monkeypatch, **kernels):
     """A machine that takes itself for one with CUDA, and has these kernels."""
     hp, world = machine(attention="auto")
     monkeypatch.setattr(
         tg, "KERNELS", {name: lambda kernel=kernel: kernel for name, kernel in kernels.items()}
     )
-    world.on_cuda, world.hopper = True, hopper
+    world.on_cuda = True
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     world.seconds = lambda work, repeats=1: work() and 0.001
     return hp, world
 
@@ -607,11 +608,10 @@ def test_a_kernel_that_is_wrong_or_raises_is_dropped_with_a_line(monkeypatch, ke
 
 
 def test_a_kernel_that_one_rank_drops_is_dropped_by_all(monkeypatch):
-    """And where clocks differ all take the kernel of the first rank."""
+    """And where clocks differ all take the kernel whose slowest rank is the fastest."""
     lines, kernels = [], {name: lambda *qkv: tg.sdpa_attention(*qkv) for name in ("a", "b", "c")}
     hp, world = forced(monkeypatch, **kernels)
-    others = iter([math.inf, 1.0, 1.0])
-    world.max, world.broadcast_ = lambda value: max(value, next(others)), lambda tensor: tensor.fill_(2)
+    world.max, others = lambda value: max(value, next(others)), iter([math.inf, 2.0, 1.0])
     name, attend = tg.choose_attention(hp, world, log=lines.append)
     assert name.startswith("c (ms") and attend is kernels["c"]
     assert lines == ["attention:a dropped: on another rank"]
@@ -651,7 +651,8 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
         interface = types.SimpleNamespace(flash_attn_func=flash_attn_func)
         monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
         hp, world = machine(attention=attention)
-        world.on_cuda, world.hopper = True, True
+        world.on_cuda = True
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         world.seconds = lambda work, repeats: 1.0 + (not calls)
         name, attend = tg.choose_attention(hp, world, log=lines.append)
         assert name.startswith("fa3 (ms")
