@@ -961,11 +961,6 @@ class ByteTable:
         return torch.from_numpy(self.bytes[t] + (self.space[t] & ~self.boundary[p]))
 
 
-def bpb_per_nat(byte_counts: Tensor) -> float:
-    """Bits per byte of one nat per token, for targets of so many bytes."""
-    return len(byte_counts) / math.log(2) / max(int(byte_counts.sum(dtype=torch.int64)), 1)
-
-
 class TokenStream:
     """Training tokens in their published order, wrapping around."""
     def __init__(self, shards: list[np.ndarray]):
@@ -999,8 +994,10 @@ class TokenStream:
         return np.stack([self.read(int(at), seq_len) for at in starts])
 
     def bpb_per_nat(self, table: ByteTable) -> float:
+        """Bits per byte of one nat per token, by a million tokens."""
         sample = torch.from_numpy(self.read(0, min(self.total, 1 << 20)))
-        return bpb_per_nat(table.count(sample[:-1], sample[1:]))
+        counts = table.count(sample[:-1], sample[1:])
+        return len(counts) / math.log(2) / max(int(counts.sum()), 1)
 
 
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
@@ -1038,7 +1035,7 @@ class Validation:
 
     @property
     def bytes(self) -> int:
-        return int(self.byte_counts.sum(dtype=torch.int64))
+        return int(self.byte_counts.sum())
 
     @staticmethod
     def load(hp: Hyperparameters, world: World) -> Validation:
