@@ -1009,18 +1009,19 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def check_tokenizer(table: ByteTable, tokens: Tensor, documents: int = 200) -> None:
+def check_tokenizer(table: ByteTable, tokens: Tensor) -> None:
     """Decode some documents, to the table's bytes (#1143, #1719) and a text that encodes to their ids."""
-    sample, processor = tokens[:1_000_000], table.processor
-    starts = (sample == BOS).nonzero().flatten().tolist()[: documents + 1]
-    texts = [sample[start:end] for start, end in itertools.pairwise(starts)] or [sample[:8192]]
-    spare = 12 * (len(starts) < 2)  # a cut character decodes to U+FFFD
-    ids, counted = [text[1:].tolist() for text in texts], [table.count(t[:-1], t[1:]).sum() for t in texts]
+    sample, processor, spare = tokens[:1_000_000], table.processor, 0
+    starts = (sample == BOS).nonzero().flatten().tolist()[:201]
+    if len(starts) < 2:
+        starts, spare = [0, 8192], 12  # a cut character decodes to U+FFFD
+    text = sample[starts[0]: starts[-1]]
+    ids = [sample[start + 1: end].tolist() for start, end in itertools.pairwise(starts)]
     decoded = [text.replace("\u2581", " ") for text in processor.decode(ids)]
-    charged, size = int(sum(counted)), len("".join(decoded).encode())
+    charged, size = int(table.count(text[:-1], text[1:]).sum()), len("".join(decoded).encode())
     pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
     total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
-    if abs(charged - size) > len(texts) + spare or total - same > 0.01 * total + spare:
+    if abs(charged - size) > len(ids) + spare or total - same > 0.01 * total + spare:
         raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and "
                         f"encoded, {total - same} differ (bytes counted: {charged}, decoded: {size})")
 
