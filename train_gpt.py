@@ -921,7 +921,7 @@ def read_shard(path: str | Path) -> np.ndarray:
     count, size = int(header[2]), path.stat().st_size
     if count < 1 or size != header.nbytes + 2 * count:
         raise UserError(f"{path} has {size} bytes where its header promises {count} tokens; fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(count,))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes)
 
 
 def read_split(folder: str, split: str) -> list[np.ndarray]:
@@ -934,9 +934,9 @@ def read_split(folder: str, split: str) -> list[np.ndarray]:
 
 def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
     """UserError unless every id is below vocab_size; ranks share the reading."""
-    largest = [int(shard.max()) for shard in shards[world.rank:: world.size]]
-    if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
-        raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}")
+    top = world.max(max(map(np.max, shards[world.rank:: world.size]), default=0))
+    if top >= vocab_size:
+        raise UserError(f"the shards hold token id {top:.0f}, but VOCAB_SIZE={vocab_size}")
 
 
 class ByteTable:
@@ -965,7 +965,7 @@ class TokenStream:
     """Training tokens in their published order, wrapping around."""
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.position = shards, 0
-        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.ends = np.cumsum([*map(len, shards)])
         self.total = int(self.ends[-1])
 
     def read(self, at: int, count: int) -> np.ndarray:
