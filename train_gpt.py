@@ -143,12 +143,12 @@ SPELLINGS = {
 }
 # Techniques not carried, constants, run.sh's own: the one value that may be said.
 FIXED = {
-    "TIE_EMBEDDINGS": "1", "TTT_LEGAL": "1", "PPM_ALPHA": "1.0", "BETA1": "0.9", "ADAM_EPS": "1e-8",
-    "MUON_BACKEND_STEPS": "5", "TIED_EMBED_INIT_STD": "0.005", "SGD_TTT_SEQ_LEN": "1024",
+    "TIE_EMBEDDINGS": 1, "TTT_LEGAL": 1, "PPM_ALPHA": 1.0, "BETA1": 0.9, "ADAM_EPS": 1e-8,
+    "MUON_BACKEND_STEPS": 5, "TIED_EMBED_INIT_STD": 0.005, "SGD_TTT_SEQ_LEN": 1024,
     **dict.fromkeys("""DTG_ENABLED HYPER_CONNECTIONS ADAPTIVE_VR TTT_GA_GUIDED CACHE_MIXTURE OGD_BIAS
         USE_CACHE KV_CACHE_LEN USE_MIXER BYTE_WEIGHTED_TTT ADAPTIVE_LR QTTT VR_V0_FP16 TTT_PERLAYER_LR
-        GPTQ_LITE_SEARCH INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), "0"),
-    "LOAD_ARTIFACT": "", "SEEDS": "", "NPROC": "",
+        GPTQ_LITE_SEARCH INT6_LAST_N QAT_ENABLED USE_POLYAK""".split(), 0),
+    "LOAD_ARTIFACT": math.nan, "SEEDS": math.nan, "NPROC": math.nan,  # which equals nothing
 }
 # Without effect in the submissions: accepted, and logged as ignored.
 IGNORED_NAMES = ("EMBED_LR", "HEAD_LR", "MUON_BETA2", "CACHE_ALPHA", "ADAPTIVE_LR_MAX", "MIXER_ETA",
@@ -183,12 +183,12 @@ def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[st
 
 def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) -> tuple[str, object] | None:
     """The setting that a name means, and its value; None for nothing; ValueError."""
-    plain, only = {"true": "1", "false": "0"}.get(text.lower(), text), FIXED.get(name)
-    if only is not None and text and (not only or float(plain) != float(only)):
+    plain = {"true": "1", "false": "0"}.get(text.lower(), text)
+    if text and name in FIXED and float(plain) != FIXED[name]:
         raise ValueError
     key, *said = SPELLINGS[name].split() if name in SPELLINGS else [name.swapcase()]
     if text and said:
-        text = said[("0", "1").index(plain)].strip("-")
+        text = said[_parse(text, like=False)].strip("-")
     return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
 
