@@ -93,7 +93,7 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
 COUNT, SIZE = "[1, 1e9]", "[1, 65536]"
-NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and the digits of any script
+NUMERALS = {*"0123456789+-.eE"}  # int() also takes 1_000, blanks, and the digits of any script
 
 
 def setting(scope: str, default, meaning: str, within: str = "[0, 1e9]", choices: tuple = (), off=None):
@@ -168,7 +168,7 @@ def _parse(text: str, like: object) -> object:
 
 def _inside(value: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or value == low and "[" in interval or value == high and "]" in interval
+    return low <= value < high or value == high and "]" in interval
 
 
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -194,19 +194,19 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
 
 def conflicts(hp: Hyperparameters) -> list[str]:
     """A line for every combination of values that no run can use."""
-    stages, layers = hp.stages.split(","), range(hp.num_layers)
+    stages = {*hp.stages.split(",")}
     return [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
-        (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
+        (hp.ve_enabled and not 0 < len({*hp.ve_layers} & {*range(hp.num_layers)}) == len(hp.ve_layers),
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
-        (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
+        (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > hp.num_layers,
          "TTT_FREEZE_BLOCKS must be at most NUM_LAYERS"),
         (hp.late_qat_threshold and hp.step_rule != "absmax" and "train" in stages,
          f"STEP_RULE={hp.step_rule} is not what QAT trains on; set LATE_QAT_THRESHOLD=0"),
@@ -214,7 +214,7 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8 EMBED_BITS=8"),
         (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
          "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
-        (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
+        (not stages <= {*STAGES}, f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
 
@@ -323,8 +323,7 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains",
-                             choices=("blocks", "control", "all"))
+    ttt_params: str = _score("blocks", "what TTT trains", choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "last blocks that TTT trains")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
@@ -358,14 +357,14 @@ class Hyperparameters:
         return hp
 
     def changed(self) -> dict[str, object]:
-        usual = vars(Hyperparameters(preset=self.preset, **PRESETS[self.preset]))
+        usual = vars(Hyperparameters.from_env({"PRESET": self.preset}))
         return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
 def settings_table() -> str:
     """Every setting with its value in each preset, in Markdown."""
     show = lambda value: f"{value:g}" if isinstance(value, (bool, float)) else str(value).strip("()") or '""'
-    presets = [Hyperparameters(preset=preset, **given) for preset, given in PRESETS.items()]
+    presets = [Hyperparameters.from_env({"PRESET": preset}) for preset in PRESETS]
     rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
         choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
