@@ -98,6 +98,7 @@ NUMERALS = {*"0123456789+-.eE"}  # int() also takes 1_000, blanks, and the digit
 
 def setting(scope: str, default, meaning: str, within: str = "[0, 1e9]", choices: tuple = (), off=None):
     """A field with its scope, meaning, interval or choices, and the value that is off."""
+    meaning += f" ({', '.join(choices)})" * bool(choices)
     facts = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
     return field(default=default, metadata=facts)
 
@@ -367,9 +368,8 @@ def settings_table() -> str:
     presets = [Hyperparameters.from_env({"PRESET": preset}) for preset in PRESETS]
     rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
-        choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
         values = (show(getattr(hp, name)) for hp in presets)
-        rows.append((name.upper(), *values, f.metadata["meaning"] + choices))
+        rows.append((name.upper(), *values, f.metadata["meaning"]))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
@@ -445,9 +445,9 @@ def meet(env: Mapping[str, str], facts: Mapping[str, str]) -> dist.Store | None:
             if rank == 0:  # which may hold the store: it stays until all have read
                 store.wait([f"read{other}" for other in range(size)])
     for other, theirs in enumerate(others):
-        for name in (name for name in theirs if theirs[name] != others[0].get(name)):
-            here, there = others[0].get(name), theirs[name]
-            raise UserError(f"{name} is {there} on rank {other}, {here} on rank 0; start all ranks alike")
+        for name, there in theirs.items():
+            if there != (here := others[0].get(name)):
+                raise UserError(f"{name} is {there} on rank {other}, {here} on rank 0; start all ranks alike")
     if facts["error"] != "none":
         raise UserError(facts["error"])
     return store
@@ -458,8 +458,7 @@ class World:
     def __init__(self, hp: Hyperparameters, env: Mapping[str, str], store: dist.Store | None = None):
         self.rank, self.size, local = launched_as(env)
         devices, self.grouped = torch.cuda.device_count(), self.size > 1
-        hidden = not devices and (glob.glob(DEVICE_FILES) or shutil.which("nvidia-smi"))
-        if hidden and hp.device == "auto":
+        if hp.device == "auto" and not devices and (glob.glob(DEVICE_FILES) or shutil.which("nvidia-smi")):
             driver = brief(DRIVER.read_text(), 80) if DRIVER.is_file() else "unknown"
             raise UserError(f"torch {torch.__version__} does not see this machine's NVIDIA device (driver: "
                             f"{driver}); install a torch for that driver, or set DEVICE=cpu")
@@ -614,10 +613,10 @@ MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
     """Milliseconds of 16,384 tokens in a layer, both ways; else ArithmeticError."""
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
-    draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
+    H, G, draw = hp.num_heads, hp.num_kv_heads, torch.Generator(world.device).manual_seed(0)
+    width = hp.model_dim // H
     for T in (hp.eval_seq_len, hp.train_seq_len):
-        shapes = [(max(16384 // T, 1), T, heads, width)
-                  for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
+        shapes = [(max(16384 // T, 1), T, heads, width) for heads in (H, G, G, H)]
         given = [torch.randn(shape, generator=draw, device=world.device).to(world.dtype) for shape in shapes]
         wanted = both_ways(sdpa_attention, *map(Tensor.float, given))
         for found, exact in zip(both_ways(attend, *given), wanted):
@@ -1039,9 +1038,10 @@ class Validation:
 
     @staticmethod
     def load(hp: Hyperparameters, world: World) -> Validation:
-        processor, shards = load_tokenizer(hp.tokenizer_path, hp.vocab_size), read_split(hp.data_path, "val")
+        table = ByteTable(load_tokenizer(hp.tokenizer_path, hp.vocab_size))
+        shards, meta = read_split(hp.data_path, "val"), Path(hp.data_path, "meta.json")
         check_ids(shards, hp.vocab_size, world)
-        whole, table, meta = np.concatenate(shards), ByteTable(processor), Path(hp.data_path) / "meta.json"
+        whole = np.concatenate(shards)
         positions = (len(whole) - 1) // hp.eval_seq_len * hp.eval_seq_len
         if not positions:
             raise UserError(f"validation has {len(whole)} tokens; EVAL_SEQ_LEN={hp.eval_seq_len} needs more")
@@ -1049,7 +1049,7 @@ class Validation:
             known = parse_json(meta.read_bytes()) if meta.is_file() else {}
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
         check_tokenizer(table, tokens)
-        counts, corpus = table.count(tokens[:-1], tokens[1:]), known.get("corpus") or Path(hp.data_path).name
+        counts, corpus = table.count(tokens[:-1], tokens[1:]), known.get("corpus") or meta.parent.name
         return Validation(tokens.to(world.device), counts.to(world.device), str(corpus), table)
 
 
