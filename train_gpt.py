@@ -193,10 +193,18 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
     return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
 
-def conflicts(hp: Hyperparameters) -> list[str]:
-    """A line for every combination of values that no run can use."""
+def problems(hp: Hyperparameters) -> list[str]:
+    """A line for every value out of bounds, else for every combination that no run can use."""
+    found = []
+    for name, f in hp.fields().items():
+        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
+        if choices and value not in choices:
+            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
+        elif isinstance(value, (int, float)) and not _inside(value, within):
+            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
+    # of values that mean something
     stages = {*hp.stages.split(",")}
-    return [message for broken, message in (
+    return found or [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
@@ -218,18 +226,6 @@ def conflicts(hp: Hyperparameters) -> list[str]:
         (not stages <= {*STAGES}, f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
-
-
-def problems(hp: Hyperparameters) -> list[str]:
-    """A line for every value out of bounds, else for every conflict."""
-    found = []
-    for name, f in hp.fields().items():
-        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
-        if choices and value not in choices:
-            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
-        elif isinstance(value, (int, float)) and not _inside(value, within):
-            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
-    return found or conflicts(hp)
 
 
 @dataclass(frozen=True)
