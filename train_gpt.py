@@ -2036,14 +2036,10 @@ def act_order(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """Each row's candidate (k, out) of least error; weight (k, out, in), importance (k, in)."""
-    best = best_error = torch.full_like(weight[..., 0], math.inf)
-    for scales in map(storable, candidates):
-        codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
-        error = torch.addcmul(weight, codes, scales.unsqueeze(-1), value=-1)
-        weighted = (error.square_() @ importance.unsqueeze(-1)).squeeze(-1)
-        best = torch.where(weighted < best_error, scales, best)
-        best_error = torch.minimum(weighted, best_error)
-    return best
+    tried = [storable(scales) for scales in candidates]
+    errors = (weight - round_to_grid(weight, scales, max_code).dequantize() for scales in tried)
+    weighted = torch.cat([error.square_() @ importance.unsqueeze(-1) for error in errors], -1)
+    return torch.stack(tried, -1).take_along_dim(weighted.argmin(-1, keepdim=True), -1).squeeze(-1)
 
 
 def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
@@ -2059,17 +2055,12 @@ def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
     return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
 
 
-def lite_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
+def lite_scales(weight: Tensor, max_code: int, multiplier: float, _diagonal: Callable) -> Tensor:
     """GPTQ-lite: each row's best of five clip percentiles by squared error."""
     magnitude, most = weight.abs().sort(dim=-1).values, weight.size(-1) - 1
     clips = (magnitude[..., round(share * most)] for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0))
-    candidates = ((clip * (multiplier / max_code)).clamp_min(SCALE_FLOOR) for clip in clips)
+    candidates = (clip * (multiplier / max_code) for clip in clips)
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
-
-
-def sigma_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
-    """SDClip: the largest code is 12.85 deviations of its row, #1855's k, before the rate's factor."""
-    return (weight.std(-1) * (12.85 * multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
 def water_columns(weight: Tensor, scales: Tensor, max_code: int, diagonal: Tensor) -> Tensor:
@@ -2134,11 +2125,12 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
 
 FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
-    "absmax": lambda *grid, diagonal: row_scales(*grid),
+    "absmax": lambda weight, max_code, multiplier, _: row_scales(weight, max_code, multiplier),
     "clip": lambda weight, max_code, multiplier, diagonal:
         multiplier * search_scales(weight, diagonal(), max_code),
-    "lite": lambda *grid, diagonal: lite_scales(*grid),
-    "sigma": lambda *grid, diagonal: sigma_scales(*grid),
+    "lite": lite_scales,
+    "sigma": lambda weight, max_code, multiplier, _:  # SDClip, with #1855's k
+        weight.std(-1) * (12.85 * multiplier / max_code),
     "water": lambda weight, _, multiplier, diagonal:  # every weight then costs as many nats
         (FINEST * multiplier * diagonal().log2().mean(-1, keepdim=True).exp2()).expand(weight.shape[:-1]),
 }
@@ -2151,7 +2143,7 @@ QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
 def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
             diagonal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
-    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal))
+    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal))
     columns = torch.zeros_like(weight[:, 0])
     if rule == "water":
         columns = water_columns(weight, scales, max_code, diagonal())
