@@ -1954,27 +1954,28 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     The mean squared gradient, K-FAC's other factor (arXiv:1503.05671), times a row's frequency; at the output
     the squared error of the probabilities.
     """
-    tables, calls, hooks = model.max_codes("embed"), {}, []
+    tables, outputs = model.max_codes("embed"), {}
     names = [*model.max_codes("matrix"), *tables]
+    layers = {model.get_submodule(name.removesuffix(".weight")): name for name in names}
     power = torch.zeros(len(names), device=world.device)
     counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
-    for name in names:
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls.update({name: call})))
-    for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with world.autocast():
-            p = model(x).softmax(-1)
-            with torch.enable_grad():
-                loss = model(x, y) * y.numel()
-        to_outputs = torch.autograd.grad(loss, [calls[name][2] for name in names])
-        squares = [each.float().square().mean(-1).sum() for each in to_outputs]
-        squares[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
-        power += torch.stack(squares)
-        for name, count in counts.items():
-            count += torch.bincount(calls[name][1][0].flatten(), minlength=len(count))
-    for hook in hooks:
-        hook.remove()
+
+    def see(layer, inputs, output) -> None:
+        outputs[layer] = output
+        if (name := layers[layer]) in tables:
+            counts[name] += torch.bincount(inputs[0].flatten(), minlength=len(layer.weight))
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(see))
+        for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
+            with world.autocast(), torch.enable_grad():
+                logits = model(rows[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            to_logits, *to_outputs = torch.autograd.grad(loss, [logits, *map(outputs.get, layers)])
+            squares = [each.float().square().mean(-1).sum() for each in to_outputs]
+            squares[names.index("tok_emb.weight")] += to_logits.square().sum()
+            power += torch.stack(squares)
     found = dict(zip(names, world.sum_(power) / sequences[:, 1:].size))
     return found | {name: found[name] * world.sum_(count) / count.sum() for name, count in counts.items()}
 
@@ -1983,30 +1984,26 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
                      batch_tokens: int = 16384) -> dict[str, Tensor]:
     """Mean x xT of matrices' inputs over (N, T), (in, in) by name; for water the loss's Hessians."""
-    matrices = model.max_codes("matrix")
-    hessians, hooks = {}, []
-    read_by = lambda name: name.replace("c_k", "c_q").replace("c_v", "c_q")
+    read_by = {name: model.get_submodule(re.sub("c_[kv]", "c_q", name).removesuffix(".weight"))
+               for name in model.max_codes("matrix")}
+    hessians = {layer: torch.zeros(2 * [layer.weight.size(1)], device=world.device)
+                for layer in read_by.values()}
 
-    def add(hessian, _module, inputs) -> None:
+    def add(layer, inputs, _output) -> None:
         x = inputs[0].flatten(0, -2).float()
-        hessian.addmm_(x.mT, x)
+        hessians[layer].addmm_(x.mT, x)
 
-    for name in dict.fromkeys(map(read_by, matrices)):
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        hessians[name] = torch.zeros(2 * [layer.weight.size(1)], device=world.device)
-        hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
-    mine = world.shard(len(sequences))
-    rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
-    for at in range(mine.start, mine.stop, size):
-        with world.autocast():
-            model.hidden(rows[at: min(at + size, mine.stop)].to(world.device))
-    for hook in hooks:
-        hook.remove()
+    mine = torch.from_numpy(sequences[world.rank:: world.size]).to(world.device)
+    with contextlib.ExitStack() as hooks, world.autocast():
+        for layer in hessians:
+            hooks.enter_context(layer.register_forward_hook(add))
+        for rows in mine.split(max(batch_tokens // sequences.shape[1], 1)):
+            model.hidden(rows)
     for hessian in hessians.values():
         world.sum_(hessian).div_(sequences.size)
     bent = output_curvature(model, sequences[::4], world) if model.hp.step_rule == "water" else {}
-    found = {name: hessians[read_by(name)] for name in matrices}
-    return bent | {name: bent[name] * found[name] for name in matrices} if bent else found
+    found = {name: hessians[layer] for name, layer in read_by.items()}
+    return bent | {name: bent[name] * found[name] for name in found} if bent else found
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
