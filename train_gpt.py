@@ -20,6 +20,7 @@ Shapes: B batch, T tokens, D width, H query heads, G key and value heads, d widt
 """
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -2482,8 +2483,7 @@ class Rate:
         self.rest = (lambda multiplier: size(rest(multiplier), level)) if tables else lambda _: fixed
         self.room = min(room, fixed + int(hp.target_bits * counted / 8) if hp.target_bits else room)
         self.spare = max(self.room - self.rest(COARSEST), 0) * SPARE
-        self.limit = self.room - self.spare / 2
-        if self.bytes(COARSEST) > self.limit:
+        if self.bytes(COARSEST) > self.room - self.spare / 2:
             raise UserError(f"no step fits the {self.room}B that the code and ARTIFACT_LIMIT or TARGET_BITS "
                             "leave; lower VOCAB_SIZE or MODEL_DIM")
 
@@ -2503,13 +2503,9 @@ class Rate:
 
     def multiplier(self, over: float = 0.0) -> float:
         """The smallest multiplier, from 1, to fit, where the forecast is so many bytes too low."""
-        low, high, limit = 1.0, 1.0, self.limit - over
-        while self.bytes(high) > limit and high < COARSEST:
-            low, high = high, 2 * high
-        while high - low > 1e-3 * low:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
-        return high
+        limit = self.room - self.spare / 2 - over
+        steps = range(math.ceil(math.log(COARSEST, 1.0005)))
+        return 1.0005 ** bisect.bisect_left(steps, True, key=lambda step: self.bytes(1.0005 ** step) <= limit)
 
 
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
