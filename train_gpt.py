@@ -2102,21 +2102,14 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
         units = torch.exp2(columns.float() / 8).take_along_dim(order, -1)
         W, U = W / units.unsqueeze(-1), U / units.unsqueeze(-2)
     Q, E = torch.empty_like(W), torch.empty_like(W)
-
-    def solve(low, high) -> None:
-        if high - low > 32:  # fewer are rounded one by one before their error goes on in a product
-            middle = (low + high) // 2
-            solve(low, middle)
-            W[:, middle:high].baddbmm_(U[:, low:middle, middle:high].mT, E[:, low:middle], alpha=-1)
-            solve(middle, high)
-            return
+    for low in range(0, n, 128):
+        high = min(low + 128, n)
         for j in range(low, high):
             Q[:, j] = torch.round(W[:, j] / scales).clamp_(-max_code, max_code)
             E[:, j] = (W[:, j] - Q[:, j] * scales) / U[:, j, j, None]
-            if j + 1 < high:
-                W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
-
-    solve(0, n)
+            W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
+        # the rest has the errors of a block in one product
+        W[:, high:].baddbmm_(U[:, low:high, high:].mT, E[:, low:high], alpha=-1)
     codes = Q.take_along_dim(order.argsort().unsqueeze(-1), 1).mT.to(torch.int8).contiguous()
     return QuantizedTensor(codes, scales, max_code, columns=columns)
 
