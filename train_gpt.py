@@ -2012,13 +2012,12 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     eye = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = mean.where(mean > 0, 1.0) * eye
-    damped = hessian + damp * scaled
     # read backwards, Cholesky's H = R RT: R inverts to U, where the paper factorises three times
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+    damped = (hessian + damp * scaled).flip(-2, -1)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     for extra in (0.0, *(10.0 ** power for power in range(-2, 7))):  # in float64, then with more damping
         if bad := failed.nonzero().flatten().tolist():
-            double = damped[bad].double() + extra * scaled[bad].double()
-            again, failed[bad] = torch.linalg.cholesky_ex(double.flip(-2, -1))
+            again, failed[bad] = torch.linalg.cholesky_ex(damped[bad].double() + extra * scaled[bad])
             factor[bad] = again.to(factor.dtype)
     if failed.any():
         raise UserError("a hessian's entries overflow; QUANTIZER=rtn does without")
@@ -2193,11 +2192,9 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
                 errors[own, column] = weighted_error(latent, each.dequantize(), H).double()
-        for part in (codes, scales, columns, errors):
-            world.sum_(part)
+        codes, scales, columns, errors = (world.sum_(part).cpu() for part in (codes, scales, columns, errors))
         for i, name in enumerate(names):
-            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name],
-                                         columns[i].cpu())
+            done[name] = QuantizedTensor(codes[i], scales[i], max_code, roles[name], columns[i])
             before, after = report["matrices"][name] = errors[i].tolist()
             floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
             report.setdefault(roles[name], collections.Counter()).update(
@@ -2313,25 +2310,24 @@ def rans_content(frame: bytes, size: int) -> list[io.BytesIO]:
     held = shares.reshape(CLASSES, 256).sum(1, dtype=np.uint64)
     require(sizes.sum(dtype=np.uint64) == size and 0 < len(states) <= LANES
             and (held == SHARES * (sizes > 0)).all(), "impossible frequencies")
-    # by class and slot: the symbol, its share, and how far the slot lies into it
-    spread = lambda of, dtype: np.repeat(of.astype(dtype), shares)
-    symbol, share = spread(np.arange(len(shares)), np.uint8), spread(shares, np.uint32)
-    into = np.arange(len(share), dtype=np.uint32) - spread(shares.cumsum() - shares, np.uint32)
+    keys = np.repeat(np.arange(len(shares), dtype=np.uint16), shares)  # by class and slot
+    into = np.arange(len(keys), dtype=np.uint32) - (shares.cumsum(dtype=np.uint32) - shares)[keys]
     begins = held.cumsum().astype(np.uint32) - SHARES
     classes = np.repeat(np.arange(CLASSES, dtype=np.uint8), sizes)
     words = np.frombuffer(frame[8 + packed:], "<u2")
-    read = 0
     found = np.empty(size, np.uint8)
     for at in range(0, size, len(states)):
         own = begins[classes[at: at + len(states)]]
         x = states[:len(own)]
         slot = own + (x & (SHARES - 1))
-        found[at: at + len(own)] = symbol[slot]
-        x = share[slot] * (x >> 14) + into[slot]
+        key = keys[slot]
+        found[at: at + len(own)] = key  # the low byte, its symbol
+        x = shares[key] * (x >> 14) + into[slot]
         low = np.flatnonzero(x < 1 << 16)
-        x[low] = (x[low] << 16) | words[read: read + len(low)]
-        states[:len(own)], read = x, read + len(low)
-    require(read == len(words) and (states == 1 << 16).all(), "its codes do not end where they should")
+        x[low] = (x[low] << 16) | words[:len(low)]
+        states[:len(own)] = x
+        words = words[len(low):]
+    require(not len(words) and (states == 1 << 16).all(), "its codes do not end where they should")
     return [io.BytesIO(part) for part in np.split(found, sizes.cumsum()[:-1])]
 
 
@@ -2434,8 +2430,8 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
 def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
     """Packed and plain bytes of each section of a file."""
     header, end = read_header(blob)
-    report = {"header": {"bytes": end + 32}}
-    return report | {key: {"bytes": size, "plain_bytes": plain} for key, size, plain in header["sections"]}
+    return {"header": {"bytes": end + 32}} | {
+        key: {"bytes": size, "plain_bytes": plain} for key, size, plain in header["sections"]}
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
@@ -2446,26 +2442,25 @@ def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
 class Rate:
     """Forecasts the packed bytes by the coder's lengths of a sample of rows, rounded plainly."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], room: int,
-                 hessians: Mapping[str, Tensor] = {}, sample: int = 1 << 16):
+                 hessians: Mapping[str, Tensor] = {}):
         hp, roles, side = model.hp, model.roles(), {}
-        matrices = model.max_codes("matrix")
-        tables = [name for name in model.max_codes("embed") if name in hessians and not hp.target_bits]
-        rest = lambda multiplier: quantize_rest(model, weights, hessians, multiplier)
-        size = lambda tensors, level: len(pack(artifact_config(hp, {}), tensors, level))
-        self.rule, counted = hp.step_rule, sum(weights[name].numel() for name in matrices)
-        self.samples = collections.defaultdict(list)
-        for name, max_code in matrices.items():
+        adapts = not hp.target_bits and hessians.keys() & model.max_codes("embed")
+        level = 3 if adapts else LEVEL  # quickly, where again and again
+        rest = partial(quantize_rest, model, weights, hessians)
+        size = lambda multiplier, side={}: len(pack(
+            artifact_config(hp, {}), {**rest(multiplier), **side}, level))
+        self.rule, self.samples = hp.step_rule, collections.defaultdict(list)
+        for name, max_code in model.max_codes("matrix").items():
             weight, hessian = weights[name][None].float(), hessians.get(name)
             diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
-            rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
+            rows = weight[:, :: max(weight.numel() >> 16, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
             scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
             codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
             side[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
-        begin, level = rest(1.0), 3 if tables else LEVEL  # quickly, where again and again
-        fixed = size(begin, level)
-        self.side = size({**begin, **side}, level) - fixed  # what the matrices need beside their codes
-        self.rest = (lambda multiplier: size(rest(multiplier), level)) if tables else lambda _: fixed
+        fixed, counted = size(1.0), sum(weights[name].numel() for name in side)
+        self.side = size(1.0, side) - fixed  # what the matrices need beside their codes
+        self.rest = size if adapts else lambda _: fixed
         self.room = min(room, fixed + int(hp.target_bits * counted / 8) if hp.target_bits else room)
         self.spare = max(self.room - self.rest(COARSEST), 0) * SPARE
         if self.bytes(COARSEST) > self.room - self.spare / 2:
