@@ -2045,11 +2045,11 @@ def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
     return U.diagonal(dim1=-2, dim2=-1).take_along_dim(order.argsort(), -1)
 
 
-def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
-    """The clip of least GPTQ error, sum e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
+def search_scales(weight: Tensor, max_code: int, multiplier: float, diagonal: Callable) -> Tensor:
+    """The clip of least GPTQ error, sum e_j^2 / U_jj^2, times the multiplier."""
     full = row_scales(weight, max_code)
     shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
-    return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
+    return multiplier * best_scales(weight, max_code, diagonal() ** -2, (full * share for share in shares))
 
 
 def lite_scales(weight: Tensor, max_code: int, multiplier: float, _diagonal: Callable) -> Tensor:
@@ -2095,7 +2095,7 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     # transposed, so that a column of the weight is contiguous; what never fires does not matter
     W = weight.mT.take_along_dim(order.unsqueeze(-1), 1).masked_fill_(dead.unsqueeze(-1), 0.0)
     if scales is None:
-        scales = search_scales(W.mT, U.diagonal(dim1=-2, dim2=-1), max_code)
+        scales = search_scales(W.mT, max_code, 1.0, partial(U.diagonal, dim1=-2, dim2=-1))
     scales = storable(scales)
     if columns is not None:  # in units of its step a column is rounded as any other
         units = torch.exp2(columns.float() / 8).take_along_dim(order, -1)
@@ -2116,8 +2116,7 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
 FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
     "absmax": lambda weight, max_code, multiplier, _: row_scales(weight, max_code, multiplier),
-    "clip": lambda weight, max_code, multiplier, diagonal:
-        multiplier * search_scales(weight, diagonal(), max_code),
+    "clip": search_scales,
     "lite": lite_scales,
     "sigma": lambda weight, max_code, multiplier, _:  # SDClip, with #1855's k
         weight.std(-1) * (12.85 * multiplier / max_code),
@@ -2360,13 +2359,10 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
         sections[section].append(parts)
         entries.append([name, kind, list(data.shape), section, max_code])
     plain = {key: [*map(b"".join, zip(*parts))] for key, parts in sorted(sections.items())}  # by class
-    sizes = {key: sum(map(len, parts)) for key, parts in plain.items()}
-    if sum(sizes.values()) > MOST_BYTES:
-        raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
     packed = {key: rans_frame(parts) if key.startswith(RANS) else zstandard.compress(*parts, level)
               for key, parts in plain.items()}
-    header = json.dumps({"config": config, "tensors": entries,
-                         "sections": [[key, len(frame), sizes[key]] for key, frame in packed.items()]},
+    sizes = [[key, len(frame), sum(map(len, plain[key]))] for key, frame in packed.items()]
+    header = json.dumps({"config": config, "tensors": entries, "sections": sizes},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     small = zstandard.compress(header, LEVEL)
     body = b"".join([PREFIX.pack(MAGIC, FORMAT_VERSION, len(small), len(header)), small, *packed.values()])
@@ -2517,10 +2513,10 @@ def artifact_settings(header: dict, hp: Hyperparameters) -> Hyperparameters:
         settings = {name: tuple(value) if type(value) is list else value for name, value in settings.items()}
         wrong = [f"it does not know {brief(name)}" for name in settings.keys() - fields.keys()]
         wrong += [f"{name} is missing or of the wrong type" for name, f in fields.items()
-                  if type(settings[name]) is not type(f.default) or type(f.default) is tuple
-                  and any(type(part) is not int for part in settings[name])]
+                  if type(settings[name]) is not type(f.default)]
         hp = hp if wrong else dataclasses.replace(hp, **settings)
-    if wrong := wrong or problems(hp):
+        wrong = wrong or problems(hp)
+    if wrong:
         raise UserError(f"the artifact's settings do not fit this script: {wrong[0]}")
     return hp
 
