@@ -2085,9 +2085,8 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
         one = gptq(weight[None], hessian[None], max_code, damp, *steps)
         return QuantizedTensor(one.codes[0], one.scales[0], max_code, columns=columns)
     k, out, n = weight.shape
-    needed = {"weight": (weight, (k, out, n)), "hessian": (hessian, (k, n, n)),
-              "scales": (scales, (k, out)), "columns": (columns, (k, n))}
-    for what, (each, shape) in needed.items():
+    shapes = {"weight": (k, out, n), "hessian": (k, n, n), "scales": (k, out), "columns": (k, n)}
+    for (what, shape), each in zip(shapes.items(), (weight, hessian, scales, columns)):
         if each is not None and (each.shape != shape or not torch.isfinite(each).all()):
             raise ValueError(f"{what} must be finite and of shape {shape}, got {tuple(each.shape)}")
     weight, hessian = weight.float(), hessian.float()
@@ -2216,7 +2215,7 @@ COARSEST = 1e7  # multiplier of the steps: every code is zero
 SPARE = 0.003  # of what is left for the matrices may stay empty; a forecast aims at half of it
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
-MOST_DENSE = 2000  # plain bytes per byte of a file; a model of zeros alone has fewer
+MOST_DENSE = 1000  # plain bytes per byte of a file; a model of zeros alone has fewer
 DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
@@ -2406,9 +2405,9 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
             if kind == "codes" and section.startswith(RANS):
                 classes = read_tensor(*plain["classes"], torch.uint8, shape[-1:])
                 counts, rows = classes.bincount(minlength=CLASSES).tolist(), math.prod(shape[:-1])
-                columns = [read_tensor(part, torch.uint8, [count, rows])
-                           for part, count in zip(plain[section], counts, strict=True)]
-                data = torch.cat(columns)[classes.argsort(stable=True).argsort()].T.reshape(shape)
+                parts = [read_tensor(part, torch.uint8, [count, rows])
+                         for part, count in zip(plain[section], counts, strict=True)]
+                data = torch.cat(parts)[classes.argsort(stable=True).argsort()].T.reshape(shape)
             else:
                 data = read_tensor(*plain[section], DTYPES[kind], shape)
             tensors[name] = data
@@ -2419,7 +2418,7 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
                 columns = read_tensor(*plain["columns"], torch.int8, shape[-1:])
                 codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
                 tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role, columns)
-        require(not any(part.read(1) for parts in plain.values() for part in parts), "more than its tensors")
+        require(not any(part.read(1) for parts in plain.values() for part in parts), "bytes of no tensor")
     return header["config"], tensors
 
 
@@ -2447,8 +2446,8 @@ class Rate:
             artifact_config(hp, {}), {**rest(multiplier), **side}, level))
         self.rule, self.samples = hp.step_rule, collections.defaultdict(list)
         for name, max_code in model.max_codes("matrix").items():
-            weight, hessian = weights[name][None].float(), hessians.get(name)
-            diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
+            weight = weights[name][None].float()
+            diagonal = cache(lambda name=name: factor_diagonal(hessians[name][None]).cpu())
             rows = weight[:, :: max(weight.numel() >> 16, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
             scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
