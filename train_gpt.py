@@ -2441,9 +2441,8 @@ class Rate:
         hp, roles, side = model.hp, model.roles(), {}
         adapts = not hp.target_bits and hessians.keys() & model.max_codes("embed")
         level = 3 if adapts else LEVEL  # quickly, where again and again
-        rest = partial(quantize_rest, model, weights, hessians)
-        size = lambda multiplier, side={}: len(pack(
-            artifact_config(hp, {}), {**rest(multiplier), **side}, level))
+        size = lambda multiplier, side={}: len(pack(artifact_config(hp, {}), {
+            **quantize_rest(model, weights, hessians, multiplier), **side}, level))
         self.rule, self.samples = hp.step_rule, collections.defaultdict(list)
         for name, max_code in model.max_codes("matrix").items():
             weight = weights[name][None].float()
