@@ -92,6 +92,7 @@ def reading(path: Path | str, remedy: str) -> Iterator[None]:
 SCOPES = ("run", "model", "train", "quantise", "score")
 STAGES = ("train", "quantize", "evaluate")
 COUNT, SIZE = "[1, 1e9]", "[1, 65536]"
+SPANS_PER_STEP = 8  # of the text, whatever the number of ranks
 NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and the digits of any script
 
 
@@ -114,20 +115,36 @@ PRESETS: dict[str, dict[str, object]] = {
         ttt_enabled=False, ttt_optimizer="sgd", ttt_lr=0.002, ttt_epochs=2, ttt_chunk_tokens=32768,
         ttt_batch_seqs=1, ttt_params="control", ttt_schedule="chunk", ttt_temperature=1.0,
     ),
-    "smoke": dict(
-        data_path="./data/datasets/sotu_sp4096", tokenizer_path="./data/tokenizers/sotu_4096_bpe.model",
-        train_log_every=50, val_loss_every=0,
-        vocab_size=4096, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=3.0, xsa_last_n=3,
-        rope_ntk_reference=0, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64, ve_dim=64,
-        ve_layers=(1, 2), value_residual=True, gated_attention=True,
-        iterations=850, max_wallclock_seconds=0.0, warmup_steps=2, warmdown_iters=660,
-        train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, late_qat_threshold=0.15, soft_round_alpha=8.0,
-        gptq_calib_sequences=128, eval_seq_len=256, eval_stride=64, skip_sliding=False,
-        ttt_optimizer="sgd", ttt_momentum=0.0, ttt_lr=0.1, ttt_epochs=2, ttt_chunk_tokens=512,
-        ttt_batch_seqs=2, ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
+    "pr1855": dict(
+        data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model", vocab_size=8192, num_kv_heads=4,
+        mlp_mult=4.0, rope_ntk_reference=0, smear_gate="token", bigram_vocab_size=0, ve_enabled=False,
+        sparse_attn_gate_enabled=True, skip_gates_enabled=True, document_mask=True,
+        num_loops=2, enable_looping_at=0.35, parallel_start_layer=8, qk_gain_init=5.0,
+        matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, muon_momentum=0.97, muon_equalise=True,
+        muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
+        warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, late_qat_threshold=0.0,
+        step_rule="sigma", attn_bits=6, mlp_bits=6, embed_bits=7, embed_gptq=True, prune_pct=0.0,
+        gptq_calib_sequences=768, ttt_enabled=False,
     ),
 }
+# What two CPU cores take in minutes.
+SMALL = dict(
+    data_path="./data/datasets/sotu_sp4096", tokenizer_path="./data/tokenizers/sotu_4096_bpe.model",
+    train_log_every=50, val_loss_every=0, vocab_size=4096, model_dim=128, num_heads=2, num_kv_heads=1,
+    rope_ntk_reference=0, iterations=850, max_wallclock_seconds=0.0, warmup_steps=2,
+    train_batch_tokens=4096, train_seq_len=256, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=100, ema_decay=0.98, gptq_calib_sequences=128, eval_seq_len=256,
+    eval_stride=64, skip_sliding=False, ttt_chunk_tokens=512,
+)
+PRESETS["smoke"] = SMALL | dict(
+    num_layers=3, mlp_mult=3.0, xsa_last_n=3, smear_reset_at_bos=True, bigram_vocab_size=2048, bigram_dim=64,
+    ve_dim=64, ve_layers=(1, 2), value_residual=True, gated_attention=True, warmdown_iters=660,
+    late_qat_threshold=0.15, soft_round_alpha=8.0, ttt_optimizer="sgd", ttt_momentum=0.0, ttt_lr=0.1,
+    ttt_epochs=2, ttt_batch_seqs=2, ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
+)
+PRESETS["pr1855_smoke"] = PRESETS["pr1855"] | SMALL | dict(
+    num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3, qk_gain_init=3.0)
 
 # The submissions' other spellings: the setting, and of a switch what 0 and 1 say of it, - for nothing.
 SPELLINGS = {
@@ -139,6 +156,7 @@ SPELLINGS = {
     "GPTQ_LITE": "step_rule - lite", "INT5_MLP": "mlp_bits 6 5", "BIGRAM_HASH": "bigram_vocab_size 0 -",
     "EMA_ENABLED": "averaging none ema", "SWA_ENABLED": "averaging - swa",
     "LATE_QAT": "late_qat_threshold 0 -",
+    "SMEAR_GATE": "smear_gate 0 vector vector token",
 }
 # Techniques not carried, constants, run.sh's own: the one value that may be said.
 FIXED = {
@@ -186,7 +204,7 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
     if only is not None and text and (not only or float(plain) != float(only)):
         raise ValueError
     key, *said = SPELLINGS[name].split() if name in SPELLINGS else [name.swapcase()]
-    if text and said:
+    if text and plain not in said[2:] and said:
         text = said[("0", "1").index(plain)].strip("-")
     return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
@@ -200,8 +218,14 @@ def conflicts(hp: Hyperparameters) -> list[str]:
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
          "ROPE_DIMS must be even, not 2, and at most MODEL_DIM / NUM_HEADS"),
         (hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 0 (off) or at least 2"),
+        (hp.num_loops and not hp.loop_start <= hp.loop_end < (hp.parallel_start_layer or hp.num_layers),
+         "NUM_LOOPS needs LOOP_START <= LOOP_END < PARALLEL_START_LAYER, or < NUM_LAYERS where that is 0"),
+        (hp.parallel_start_layer >= hp.num_layers, "PARALLEL_START_LAYER must be below NUM_LAYERS"),
         (hp.ve_enabled and not 0 < len({*hp.ve_layers}.intersection(layers)) == len(hp.ve_layers),
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
+        (hp.document_mask and (hp.train_batch_tokens % SPANS_PER_STEP or hp.rope_ntk_reference),
+         f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
+        (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
@@ -242,7 +266,7 @@ class Hyperparameters:
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
     attention: str = _run("auto", "attention kernel",
-                          choices=("auto", "fa3", "flash", "cudnn", "efficient", "sdpa"))
+                          choices=("auto", "fa3", "varlen", "flash", "cudnn", "efficient", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
     val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
@@ -261,8 +285,10 @@ class Hyperparameters:
     logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
     xsa_last_n: int = _model(11, "last layers with XSA", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
-    smear_gate: bool = _model(True, "mix each embedding with the previous one", off=False)
+    smear_gate: str = _model("vector", "mix each embedding with the previous one, by a share per channel or "
+                             "by one per token", choices=("0", "vector", "token"), off="0")
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
+    document_mask: bool = _model(False, "attention stays inside documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
     bigram_dim: int = _model(128, "width of the bigram table", SIZE)
     ve_enabled: bool = _model(True, "add a shared value embedding to V", off=False)
@@ -270,6 +296,12 @@ class Hyperparameters:
     ve_layers: tuple[int, ...] = _model((9, 10), "layers that get the value embedding")
     value_residual: bool = _model(False, "mix the first layer's V into every later one", off=False)
     gated_attention: bool = _model(False, "a sigmoid gate per head and token", off=False)
+    sparse_attn_gate_enabled: bool = _model(False, "the same from the first 12 channels", off=False)
+    num_loops: int = _model(0, "times that layers LOOP_START to LOOP_END run again", "[0, 100]", off=0)
+    loop_start: int = _model(3, "first looped layer", "[0, 1000]")
+    loop_end: int = _model(5, "last looped layer", "[0, 1000]")
+    skip_gates_enabled: bool = _model(False, "skips mixed in by a gate per channel", off=False)
+    parallel_start_layer: int = _model(0, "first with a lane each for attention and MLP (0: none)", off=0)
 
     seed: int = _train(1337, "of NumPy and torch", f"[0, {2 ** 32})")
     data_path: str = _train("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
@@ -279,7 +311,10 @@ class Hyperparameters:
     iterations: int = _train(20000, "steps, at most", COUNT)
     max_wallclock_seconds: float = _train(600.0, "training clock, calibration included (0: none)")
     warmup_steps: int = _train(20, "first steps, undone")
-    warmdown_iters: int = _train(3500, "steps of the learning rate's fall to 0")
+    warmdown_iters: int = _train(3500, "steps of the learning rate's fall")
+    warmdown_frac: float = _train(0.0, "its share of the run (0: WARMDOWN_ITERS)", "[0, 1]")
+    min_lr: float = _train(0.0, "learning-rate scale at the end", "[0, 1]")
+    enable_looping_at: float = _train(0.0, "share of the run before layers loop", "[0, 1]")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
     tied_embed_lr: float = _train(0.035, "AdamW learning rate of the tables")
@@ -289,8 +324,11 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = _train(0.92, "Muon momentum at step 0", "[0, 1)")
     muon_momentum_warmup_steps: int = _train(1500, "steps of that warm-up")
     muon_row_norm: bool = _train(False, "Muon's updates have rows of length 1 (#601)")
+    muon_equalise: bool = _train(False, "so have its gradients, before they are orthogonalised (#1855)")
+    muon_coefficients: str = _train("jordan", "of Newton-Schulz", choices=("jordan", "polar"))
     muon_wd: float = _train(0.04, "weight decay of the matrices")
     adam_wd: float = _train(0.04, "weight decay of the rest")
+    embed_wd: float = _train(0.0, "weight decay of the tables (0: ADAM_WD)")
     beta2: float = _train(0.95, "AdamW second moment", "[0, 1)")
     grad_clip_norm: float = _train(0.3, "global gradient norm (0: no clipping)")
     averaging: str = _train("ema", "exported weights", choices=("ema", "swa", "none"), off="none")
@@ -306,6 +344,7 @@ class Hyperparameters:
     attn_bits: int = _quantise(5, "bits of the attention matrices", "[2, 8]")
     mlp_bits: int = _quantise(5, "bits of the MLP matrices", "[2, 8]")
     embed_bits: int = _quantise(8, "bits of the embedding tables", "[2, 8]")
+    embed_gptq: bool = _quantise(False, "the tied table is quantised as the matrices are")
     prune_pct: float = _quantise(0.02, "share of weights, the smallest, set to zero", "[0, 1)", off=0.0)
     gptq_calib_sequences: int = _quantise(256, "training sequences behind the Hessians", COUNT)
     artifact_limit: int = _quantise(16_000_000, "bytes of code and model, at most", COUNT)
@@ -356,6 +395,11 @@ class Hyperparameters:
             raise UserError("\n".join(errors))
         return hp
 
+    @property
+    def row_tokens(self) -> int:
+        """T while training: a span of the text whole, or a part of it."""
+        return self.train_batch_tokens // SPANS_PER_STEP if self.document_mask else self.train_seq_len
+
     def changed(self) -> dict[str, object]:
         usual = vars(Hyperparameters(preset=self.preset, **PRESETS[self.preset]))
         return {name: value for name, value in vars(self).items() if value != usual[name]}
@@ -393,15 +437,16 @@ class Tuning:
     scored: int   # positions whose logits are held at a time while scoring
     scoring: int  # activations of the stream in a scoring batch; twice as many in a micro-batch
     probe: int    # rows of the matrices that measure the device's rate
+    bounds: int   # in multiples of so many are bounds of segments, so that few graphs are compiled
     lag: int      # steps by which losses are read late, so that the host never waits
 
 
 TUNING = {
     "cpu": Tuning(lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
-                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, lag=0),
+                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, bounds=1, lag=0),
     # in the kernel of its neighbours, where a scatter is one of its own
     "cuda": Tuning(lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
-                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, lag=1),
+                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, bounds=256, lag=1),
 }
 
 
@@ -576,6 +621,24 @@ def choose_dtype(hp: Hyperparameters, world: World, known: str | None = None) ->
     return f"dtype:{str(world.dtype)[6:]} ({why})"
 
 
+def by_padding(attend: Callable, longest: int = 0) -> Callable:
+    """Attention inside segments, by one of whole rows: each segment is a row, padded to the longest.
+
+    segments (S + 1,) int32 bound the flattened (B, T); without them the rows of q are attended to
+    """
+    def inside(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None = None) -> Tensor:
+        if segments is None:
+            return attend(q, k, v)
+        begins, at = segments[:-1], torch.arange(q.size(0) * q.size(1), device=q.device)
+        most = longest if torch.compiler.is_compiling() else int(segments.diff().max())
+        rows = (begins.unsqueeze(1) + torch.arange(most, device=q.device)).clamp_max(len(at) - 1)
+        y = attend(*(x.flatten(0, 1)[rows] for x in (q, k, v)))  # (S, most, H, d)
+        which = torch.searchsorted(segments, at, right=True) - 1
+        return y.flatten(0, 1)[which * most + at - begins[which]].view_as(q)
+    return inside
+
+
+@by_padding
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's causal attention; q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -583,31 +646,50 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-def by_operator(operator: str, *options) -> Callable:
+def by_operator(longest: int, operator: str, *options) -> Callable:
     """PyTorch's attention by one kernel; a context would keep the graph out of the cache."""
     run = getattr(torch.ops.aten, f"_scaled_dot_product_{operator}_attention")
 
     def attend(q, k, v):
         return run(*(x.transpose(1, 2) for x in (q, k, v)), *options)[0].transpose(1, 2)
-    return attend
+    return by_padding(attend, longest)
 
 
-def flash_attention_3() -> Callable:
+def flash_attention_3(longest: int) -> Callable:
     """FlashAttention 3; ImportError or worse without it, or with that of another torch."""
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+    def attend(q, k, v, segments=None):
+        if segments is None:
+            out = flash_attn_func(q, k, v, causal=True)
+        else:
+            flat = (x.flatten(0, 1) for x in (q, k, v))
+            out = flash_attn_varlen_func(*flat, segments, segments, longest, longest, causal=True)
+        out = out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+        return out.view_as(q)
     return attend
 
 
-KERNELS = {  # of CUDA's attention: what makes them; the last takes every input
+def varlen_attention(longest: int) -> Callable:
+    """PyTorch's attention of variable length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q, k, v, segments=None):
+        if segments is None:
+            return sdpa_attention(q, k, v)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attn(*flat, segments, segments, longest, longest, window_size=(-1, 0),
+                           enable_gqa=q.size(2) != k.size(2)).view_as(q)
+    return attend
+
+
+KERNELS = {  # of CUDA's attention: what makes them for segments of a length; the last takes every input
     "fa3": flash_attention_3,
-    "flash": lambda: by_operator("flash", 0.0, True),
-    "cudnn": lambda: by_operator("cudnn", None, True, 0.0, True),
-    "efficient": lambda: by_operator("efficient", None, True, 0.0, True),
-    "sdpa": lambda: sdpa_attention,
+    "varlen": varlen_attention,
+    "flash": lambda longest: by_operator(longest, "flash", 0.0, True),
+    "cudnn": lambda longest: by_operator(longest, "cudnn", None, True, 0.0, True),
+    "efficient": lambda longest: by_operator(longest, "efficient", None, True, 0.0, True),
+    "sdpa": lambda longest: by_padding(sdpa_attention, longest),
 }
 MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.005 off
 
@@ -621,24 +703,30 @@ def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling
                   for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
         drawn = (torch.randn(shape, generator=draw, device=world.device) for shape in shapes)
         given = [each.to(world.dtype) for each in drawn]
-        wanted = both_ways(sdpa_attention, *map(Tensor.float, given))
-        for found, exact in zip(both_ways(attend, *given), wanted):
+        n = len(given[0]) * T
+        bounds = torch.tensor(sorted({*range(0, n, T), *range(0, n, 700), n}), dtype=torch.int32)
+        inside = {"segments": bounds.to(world.device)} if hp.document_mask else {}
+        ours, exact = partial(attend, **inside), partial(sdpa_attention, **inside)
+        wanted = both_ways(exact, *map(Tensor.float, given))
+        for found, exact in zip(both_ways(ours, *given), wanted):
             off = ((found.float() - exact).norm() / exact.norm()).item()
             if not off <= MOST_OFF:
                 raise ArithmeticError(f"differs from float32 by {off:.3g} where {MOST_OFF} is allowed")
-    return 1000 * world.seconds(lambda: both_ways(attend, *given), repeats=4)
+    return 1000 * world.seconds(lambda: both_ways(ours, *given), repeats=4)
 
 
 def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
                      log: Callable[[str], None] = lambda line: None) -> tuple[str, Callable]:
     """Name and function of the fastest that is right."""
+    longest = max(hp.train_seq_len, hp.eval_seq_len)
     if not world.on_cuda and hp.attention == "auto":
-        return "sdpa", sdpa_attention
-    times = {}  # of the slowest rank, so that all choose alike
+        return "sdpa", by_padding(sdpa_attention, longest)
+    times, functions = {}, {}  # of the slowest rank, so that all choose alike
     for name in (KERNELS if hp.attention == "auto" else [hp.attention]):
         taken, fault = math.inf, "on another rank"
         try:
-            taken = try_attention(KERNELS[name](), hp, world, compiling)
+            functions[name] = KERNELS[name](longest)
+            taken = try_attention(functions[name], hp, world, compiling)
         except Exception as error:  # whatever a kernel or its compilation does
             fault = f"{type(error).__name__}: {brief(error, 160)}"
         times[name] = world.max(taken)
@@ -650,7 +738,7 @@ def choose_attention(hp: Hyperparameters, world: World, compiling: bool = False,
     if best != "fa3" and world.on_cuda and torch.cuda.get_device_capability(world.device)[0] == 9:
         log("attention:WITHOUT FlashAttention 3, with which a Hopper GPU takes about a sixth more steps; pip "
             "install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130")
-    return f"{best} (ms per layer and 16,384 tokens: {key_values(times)})", KERNELS[best]()
+    return f"{best} (ms per layer and 16,384 tokens: {key_values(times)})", functions[best]
 
 
 def wants_compile(hp: Hyperparameters, world: World) -> bool:
@@ -668,7 +756,8 @@ def wants_compile(hp: Hyperparameters, world: World) -> bool:
 def activation_bytes(hp: Hyperparameters, world: World, compiling: bool) -> float:
     """What a token leaves for the backward pass, as records/traffic.py counts; eagerly 2.5 times."""
     wide = 9 + 4 * hp.num_kv_heads / hp.num_heads + 3 * hp.mlp_mult
-    fused = 2 * hp.num_layers * wide * hp.model_dim + 12 * hp.vocab_size  # the latter of the loss
+    visits = hp.num_layers + hp.num_loops * (hp.loop_end + 1 - hp.loop_start)
+    fused = 2 * visits * wide * hp.model_dim + 12 * hp.vocab_size  # the latter of the loss
     return 2.5 * fused if world.on_cuda and not compiling else fused
 
 
@@ -677,7 +766,7 @@ def micro_batch(hp: Hyperparameters, world: World, sequences: int, compiling: bo
     tokens = 2 * world.tuning.scoring / hp.model_dim
     if world.on_cuda:
         tokens = torch.cuda.mem_get_info(world.device)[0] * 0.7 / activation_bytes(hp, world, compiling)
-    least = max(math.ceil(sequences * hp.train_seq_len / tokens), 1)
+    least = max(math.ceil(sequences * hp.row_tokens / tokens), 1)
     # parts of one size share a graph
     equal = next((n for n in range(least, 2 * least) if sequences % n == 0), least)
     return max(math.ceil(sequences / (hp.grad_accum_steps or equal)), 1)
@@ -898,7 +987,6 @@ class ProgressLine:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 BOS = 1
-SPANS_PER_STEP = 8
 
 
 def read_shard(path: str | Path) -> np.ndarray:
@@ -928,6 +1016,25 @@ def check_ids(shards: list[np.ndarray], vocab_size: int, world: World) -> None:
     largest = [int(shard.max()) for shard in shards[world.rank:: world.size]]
     if (top := int(world.max(max(largest, default=0)))) >= vocab_size:
         raise UserError(f"the shards hold token id {top}, but VOCAB_SIZE={vocab_size}")
+
+
+def segment_starts(tokens: Tensor, longest: int) -> Tensor:
+    """Bounds of the segments of (B, T), flattened: (S + 1,) int32.
+
+    A segment begins with a row, with a BOS, and `longest` tokens after the last of these.
+    """
+    flat, at = tokens.flatten(), torch.arange(tokens.numel(), device=tokens.device)
+    begins = (flat == BOS) | (at % tokens.size(1) == 0)
+    since = at - torch.where(begins, at, 0).cummax(0).values
+    return F.pad((since % longest == 0).nonzero().flatten(), (0, 1), value=len(at)).to(torch.int32)
+
+
+def document_bounds(hp: Hyperparameters, tokens: Tensor, longest: int, world: World) -> Tensor | None:
+    """The segments that attention stays inside, the last bound repeated; None without DOCUMENT_MASK."""
+    if not hp.document_mask:
+        return None
+    bounds = segment_starts(tokens, longest)
+    return world.to_device(F.pad(bounds, (0, -len(bounds) % world.tuning.bounds), value=tokens.numel()))
 
 
 class ByteTable:
@@ -1197,9 +1304,12 @@ class FakeQuantizer:
 # that silence them. Weights are cast to the activations' dtype, which is autocast's.
 # Names in the state dict are the submissions' own.
 
-# What a tensor is: its optimiser's group, and the setting of its bits where it is quantised.
-ROLES = {"attn": ("matrix", "attn_bits"), "mlp": ("matrix", "mlp_bits"), "embed": ("embed", "embed_bits"),
-         "matrix": ("matrix", None), "control": ("control", None)}
+GATE_WINDOW = 12  # channels that #1855's gates read
+# What a tensor is: its optimiser's group, and where it is quantised the setting of its bits, and at how many
+# deviations of its row SDClip has the largest code (#1855's).
+ROLES = {"attn": ("matrix", "attn_bits", 13.0), "mlp": ("matrix", "mlp_bits", 11.5),
+         "embed": ("embed", "embed_bits", 14.0), "matrix": ("matrix", None, 0.0),
+         "control": ("control", None, 0.0)}
 
 
 class CastLinear(nn.Module):
@@ -1253,7 +1363,7 @@ class BigramHash(nn.Module):
     """Add an embedding of each pair of neighbouring tokens, hashed into a table."""
     silent = {"bigram.scale": 0.0}
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
         super().__init__()
         self.buckets = hp.bigram_vocab_size
         self.embed = Embedding(self.buckets, hp.bigram_dim, std=0.0)
@@ -1268,20 +1378,37 @@ class BigramHash(nn.Module):
         return x + self.proj(self.embed(index).to(x.dtype)) * self.scale.to(x.dtype)
 
 
+def embedding_before(x: Tensor, tokens: Tensor, reset: bool) -> Tensor:
+    """Of the token before, (B, T, D); with `reset` none leaks into the next document (#1797, #1851)."""
+    previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+    return previous * (tokens != BOS).unsqueeze(-1) if reset else previous
+
+
 class SmearGate(nn.Module):
     """Mix each embedding with the one before it, by a learnt share per channel."""
     silent = {"smear.gate": -30.0}
 
-    def __init__(self, hp: Hyperparameters):
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(hp.model_dim))
         self.reset_at_bos = hp.smear_reset_at_bos
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0))
-        if self.reset_at_bos:  # a document does not leak into the next (#1797, #1851)
-            previous = previous * (tokens != BOS).unsqueeze(-1)
+        previous = embedding_before(x, tokens, self.reset_at_bos)
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
+class TokenSmear:
+    """Add a share of the embedding before, by a gate that reads the token's first channels (#1855)."""
+    silent = {"smear_lambda": 0.0}
+
+    def __init__(self, hp: Hyperparameters, host: nn.Module):
+        host.smear_gate = CastLinear(GATE_WINDOW, 1, "control", gain=0.0)
+        host.smear_lambda, self.host = nn.Parameter(torch.zeros(1)), host
+
+    def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.host.smear_gate(x[..., :GATE_WINDOW]))  # (B, T, 1)
+        return x + self.host.smear_lambda.to(x.dtype) * gate * embedding_before(x, tokens, True)
 
 
 class ValueEmbedding(nn.Module):
@@ -1305,6 +1432,7 @@ class Context:
     x0: Tensor                 # (B, T, D), the stream before the first block
     rotary: Tensor             # (2, T, 1, rope_dims / 2)
     values: dict[int, Tensor]  # by layer: (B, T, G d), to be added to V
+    segments: tuple[Tensor, ...]  # () or bounds (S + 1,) that attention stays inside
     first_value: Tensor | None = None  # (B, T, G, d), V of the first layer that ran
 
 
@@ -1343,12 +1471,25 @@ class HeadGate(CastLinear):
         return y * torch.sigmoid(super().forward(x) + self.bias.to(x.dtype)).unsqueeze(-1)
 
 
+class SparseGate:
+    """A gate per head and token, one half at first, from the input's first channels (#1855)."""
+    silent = {"attn_gate_w": 0.0}
+
+    def __init__(self, hp: Hyperparameters, layer: int, host: nn.Module):
+        host.attn_gate_w, self.host = nn.Parameter(torch.zeros(hp.num_heads, GATE_WINDOW)), host
+
+    def __call__(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        gate = F.linear(x[..., :GATE_WINDOW], self.host.attn_gate_w.to(x.dtype))
+        return y * torch.sigmoid(0.5 * gate).unsqueeze(-1)
+
+
 # The parts, in the order in which they act: technique, how it is made, who wants it. Parameters lie on the
 # host (the model, or the layer's attention) under their published names.
-EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp
+EMBEDDING_PARTS = {  # (x, tokens) -> x, with x (B, T, D), tokens (B, T); made from hp, host
     "bigram": (BigramHash, lambda hp: hp.bigram_vocab_size),
-    "norm": (lambda hp: lambda x, tokens: rms_norm(x), lambda hp: True),
-    "smear": (SmearGate, lambda hp: hp.smear_gate),
+    "token_smear": (TokenSmear, lambda hp: hp.smear_gate == "token"),
+    "norm": (lambda hp, host: lambda x, tokens: rms_norm(x), lambda hp: True),
+    "smear": (SmearGate, lambda hp: hp.smear_gate == "vector"),
 }
 VALUE_PARTS = {  # (v, context) -> v, with v (B, T, G, d); made from hp, layer, host
     "value_embedding": (lambda hp, layer, host: lambda v, context: v + context.values[layer].view(v.shape),
@@ -1359,6 +1500,7 @@ OUTPUT_PARTS = {  # (y, v, x) -> y, with y (B, T, H, d), x (B, T, D) the attenti
     "xsa": (lambda hp, layer, host: lambda y, v, x: remove_own_value(y, v),
             lambda hp, layer: layer >= hp.num_layers - hp.xsa_last_n),
     "gated_attention": (HeadGate, lambda hp, layer: hp.gated_attention),
+    "sparse_gate": (SparseGate, lambda hp, layer: hp.sparse_attn_gate_enabled),
 }
 
 
@@ -1385,7 +1527,8 @@ class CausalSelfAttention(nn.Module):
         for value_part in self.value_parts.values():
             v = value_part(v, context)
         q = q * self.q_gain.to(q.dtype).view(-1, 1).expand(*q.shape[:3], 1)  # its gradient is summed in rows
-        y = self.attend(apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary), v)
+        q, k = (apply_rotary(x, *context.rotary) for x in (q, k))
+        y = self.attend(q, k, v, *context.segments)
         for output_part in self.output_parts.values():
             y = output_part(y, v, x)
         return self.proj(y.flatten(2))
@@ -1414,11 +1557,20 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.input_scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def attended(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The mix, and what attention adds."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * context.x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+        return x, self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """What the MLP adds."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x, added = self.attended(x, context)
+        x = x + added
+        return x + self.transformed(x)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -1455,34 +1607,47 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 class Visit:
     """One run of a layer, the skip added before it, whether its output is kept for a later one."""
     layer: int
-    skip_from: int | None = None  # position whose output is added, times a row of skip_weights
+    skip_from: int | None = None  # position whose output is added, by a row of skip_weights
     skip_row: int = 0
     pushes: bool = False
+    lanes: int = 1  # that the stream parts into before it
 
 
-def plan(hp: Hyperparameters) -> tuple[Visit, ...]:
-    """The layers as they run: the first half pushes outputs, the second pops them."""
-    half = hp.num_layers // 2
-    pushing = [Visit(layer, pushes=True) for layer in range(half)]
-    popping = [Visit(half + row, half - 1 - row, row) for row in range(half)]
-    return *pushing, *popping, *(Visit(layer) for layer in range(2 * half, hp.num_layers))
+def plan(hp: Hyperparameters, looping: bool = True) -> tuple[Visit, ...]:
+    """The layers as they run: the first half of the visits pushes outputs, the second pops them."""
+    order, after = [*range(hp.num_layers)], hp.loop_end + 1
+    order[after:after] = [*range(hp.loop_start, after)] * (hp.num_loops * looping)
+    half = len(order) // 2
+    return tuple(Visit(layer, pushes=position < half, lanes=1 + (0 < layer == hp.parallel_start_layer),
+                       skip_from=2 * half - 1 - position if half <= position < 2 * half else None,
+                       skip_row=max(position - half, 0)) for position, layer in enumerate(order))
 
 
 class GPT(nn.Module):
-    """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T."""
-    silent = {"skip_weights": 0.0}
+    """model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean nats; any T.
 
+    segments  bounds that attention stays inside, as of segment_starts
+    looping   whether layers run again; a plain attribute, and a graph of its own where it is compiled
+    """
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.hp, self.visits = hp, plan(hp)
+        self.hp, self.looping, self.plans = hp, hp.num_loops > 0, (plan(hp, False), plan(hp, True))
         self.tok_emb = Embedding(hp.vocab_size, hp.model_dim, std=0.005)
         self.embedding_parts = {
-            name: part(hp) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
+            name: part(hp, self) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
         for name, part in self.embedding_parts.items():
             setattr(self, name, part)
-        skips = sum(visit.skip_from is not None for visit in self.visits)
+        skips, layers = len(self.plans[True]) // 2, hp.num_layers
         self.skip_weights = nn.Parameter(torch.ones(skips, hp.model_dim))
-        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
+        self.silent = {"skips": {"skip_weights": 0.0}} if skips else {}  # by technique
+        if hp.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, hp.model_dim))
+            self.silent = {"skips": {"skip_gates": 30.0}}
+        if hp.parallel_start_layer:
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
+            self.parallel_post_lambdas = nn.Parameter(torch.ones(layers, 2, 2))  # layer, source, lane
+            self.silent["lanes"] = {"parallel_post_lambdas": ((1.0, 0.0), (0.0, 1.0))}
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(layers))
         self.ve_shared = ValueEmbedding(hp) if hp.ve_enabled else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in hp.ve_layers * hp.ve_enabled)
 
@@ -1493,9 +1658,11 @@ class GPT(nn.Module):
         return {name: owned.get(name, "control") for name, _ in self.named_parameters()}
 
     def max_codes(self, group: str) -> dict[str, int]:
-        """Largest codes of the quantised tensors of a group, matrix or embed."""
-        roles = self.roles().items()
-        chosen = {name: ROLES[role][1] for name, role in roles if ROLES[role][0] == group}
+        """Largest codes of what is quantised as a matrix, or as a table: of the group embed."""
+        groups = {name: ROLES[role] for name, role in self.roles().items()}
+        if self.hp.embed_gptq:
+            groups["tok_emb.weight"] = "matrix", *ROLES["embed"][1:]
+        chosen = {name: bits for name, (kind, bits, *_) in groups.items() if kind == group}
         return {name: 2 ** (getattr(self.hp, bits) - 1) - 1 for name, bits in chosen.items() if bits}
 
     def use(self, attend: Callable) -> GPT:
@@ -1510,7 +1677,22 @@ class GPT(nn.Module):
         shared, scales = self.ve_shared(tokens, dtype), zip(self.hp.ve_layers, self.ve_layer_scales)
         return {layer: shared * scale.to(dtype) for layer, scale in scales}
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def with_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
+        """The stream and an earlier output, added or, by a gate, in its place (#1855)."""
+        weighted = self.skip_weights[row].to(x.dtype) * output
+        if not self.hp.skip_gates_enabled:
+            return x + weighted
+        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+
+    def in_lanes(self, layer: int, lanes: list[Tensor], context: Context) -> list[Tensor]:
+        """Attention of the first lane and MLP of the second side by side, each added to both (#1855)."""
+        block, dtype = self.blocks[layer], lanes[0].dtype
+        added = block.attended(lanes[0], context)[1], block.transformed(lanes[1])
+        keep, take = (p[layer].to(dtype) for p in (self.parallel_resid_lambdas, self.parallel_post_lambdas))
+        return [keep[lane] * x + take[0, lane] * added[0] + take[1, lane] * added[1]
+                for lane, x in enumerate(lanes)]
+
+    def hidden(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         """The normed stream before the output layer; (B, T) -> (B, T, D)."""
         hp, device, x = self.hp, tokens.device, self.tok_emb(tokens)
         autocast = torch.is_autocast_enabled(device.type)
@@ -1519,15 +1701,20 @@ class GPT(nn.Module):
         for part in self.embedding_parts.values():
             x = part(x, tokens)
         rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype
-        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype))
-        outputs = {}
-        for position, visit in enumerate(self.visits):
+        inside = () if segments is None else (segments,)
+        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype), inside)
+        lanes, outputs = [x], {}
+        for position, visit in enumerate(self.plans[self.looping]):
+            lanes = lanes * visit.lanes
             if visit.skip_from is not None:
-                x = x + self.skip_weights[visit.skip_row].to(dtype) * outputs.pop(visit.skip_from)
-            x = self.blocks[visit.layer](x, context)
+                lanes[0] = self.with_skip(lanes[0], visit.skip_row, outputs.pop(visit.skip_from))
+            if len(lanes) == 1:
+                lanes = [self.blocks[visit.layer](*lanes, context)]
+            else:
+                lanes = self.in_lanes(visit.layer, lanes, context)
             if visit.pushes:
-                outputs[position] = x
-        return rms_norm(x)
+                outputs[position] = lanes[0]
+        return rms_norm(sum(lanes[1:], lanes[0]))  # whose mean has the same direction
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped, at least float32; (..., D) -> (..., V)."""
@@ -1535,8 +1722,9 @@ class GPT(nn.Module):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        hidden = self.hidden(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                segments: Tensor | None = None) -> Tensor:
+        hidden = self.hidden(tokens, segments)
         if targets is None:
             return self.logits(hidden)
         return SoftcapCrossEntropy.apply(hidden.flatten(0, 1), self.tok_emb.weight, targets.flatten(),
@@ -1551,9 +1739,11 @@ def shell(hp: Hyperparameters) -> GPT:
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
     """Of training: six per weight met, and causal attention (arXiv:2204.02311)."""
-    met = model.tok_emb.weight.numel() + sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, CastLinear))
-    return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(model.visits)
+    visits, linear = model.plans[model.looping], lambda part: sum(
+        module.weight.numel() for module in part.modules() if isinstance(module, CastLinear))
+    met = model.tok_emb.weight.numel() + linear(model) - linear(model.blocks)
+    met += sum(linear(model.blocks[visit.layer]) for visit in visits)
+    return 6.0 * met + 6.0 * seq_len * model.hp.model_dim * len(visits)
 
 
 def compiled(function: Callable, **options) -> Callable:
@@ -1613,9 +1803,10 @@ def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
     return logits / (1 - (1 - low) * (1 - entropy / math.log(logits.size(-1)))).clamp(0.9, 1.05)
 
 
-def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0):
+def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0,
+                 segments: Tensor | None = None) -> Tensor:
     """Nats of each window's last `scored` targets; (B, T), (B, T) -> (B, scored) float32."""
-    hidden, wanted = model.hidden(tokens)[:, -scored:], targets[:, -scored:]
+    hidden, wanted = model.hidden(tokens, segments)[:, -scored:], targets[:, -scored:]
     part, losses = max(tuning_of(hidden).scored // scored, 1), []
     for h, y in zip(hidden.split(part), wanted.split(part)):
         logits = model.logits(h)
@@ -1623,6 +1814,16 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, tempe
             logits = adaptive_temperature(logits, temperature)
         losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(-1, scored))
     return torch.cat(losses)
+
+
+def document_windows(tokens: Tensor, most: int) -> list[Window]:
+    """Windows of whole documents, of at most `most` positions or of one document; tokens (positions + 1,)."""
+    bounds, start, windows = segment_starts(tokens[None, :-1], len(tokens)).tolist(), 0, []
+    for at, end in itertools.pairwise(bounds):
+        if end - start > most and at > start:
+            windows.append((start, at, start))
+            start = at
+    return [*windows, (start, bounds[-1], start)]
 
 
 def window_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -1653,8 +1854,9 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
         index = starts.unsqueeze(1) + torch.arange(length + 1, device=world.device)  # (B, T + 1)
         text = tokens[index].to(torch.int64)
         scorer = score_fn if len(batch) == max(batch_tokens // length, 1) else token_losses
+        segments = document_bounds(model.hp, text[:, :-1], model.hp.eval_seq_len, world)
         with world.autocast():
-            losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature)
+            losses = scorer(model, text[:, :-1], text[:, 1:], scored, temperature, segments)
         where = index[:, length - scored: length]  # (B, scored)
         total[0] += losses.double().sum()
         total[1] += losses.numel()
@@ -1669,12 +1871,15 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
 
 def score_split(run: Run, model: GPT, validation: Validation, stride: int, name: str,
                 score_fn: Callable = token_losses) -> Score:
-    """Score the whole validation split, a window every `stride` positions."""
+    """Score the whole validation split, a window every `stride` positions, or by documents."""
     hp, world, positions = run.hp, run.world, len(validation.byte_counts)
+    batch_tokens = scoring_batch_tokens(hp, world)
     windows = sliding_windows(positions, hp.eval_seq_len, stride)
+    if hp.document_mask and stride == hp.eval_seq_len:  # windows of any length: not compiled
+        windows, score_fn = document_windows(validation.tokens, batch_tokens), token_losses
     progress = ProgressLine(run.log, name, positions // world.size)
-    return evaluate(model, validation.tokens, validation.byte_counts, windows, world,
-                    scoring_batch_tokens(hp, world), score_fn=score_fn, progress=progress)
+    return evaluate(model, validation.tokens, validation.byte_counts, windows, world, batch_tokens,
+                    score_fn=score_fn, progress=progress)
 
 
 # ----------------------------------------------------------
@@ -1723,26 +1928,41 @@ class FlatParameters:
         return found
 
 
-def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+COEFFICIENTS = {  # of each iteration; those of Polar Express (arXiv:2505.16932) reach 0.86 to 1.14 from 0.001
+    "jordan": 5 * ((3.4445, -4.7750, 2.0315),),
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
+
+
+def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
+                  coefficients: str = "jordan") -> Tensor:
     """Push singular values of (m, n) or (k, m, n) to 1. Jordan 2024, kellerjordan.github.io/posts/muon."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype).reshape(-1, *G.shape[-2:])
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = G.size(-2) > G.size(-1)
     X = X.mT if tall else X
-    for _ in range(steps):
+    for a, b, c in COEFFICIENTS[coefficients][:steps]:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # sums inside the products
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
+def unit_rows(update: Tensor) -> Tensor:
+    """Every row over its length."""
+    return update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-Schulz, for matrices: Nesterov momentum, decoupled weight decay."""
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95,
-                 weight_decay: float = 0.0, row_norm: bool = False, world: World | None = None,
-                 orthogonalise: Callable = newton_schulz):
+                 weight_decay: float = 0.0, row_norm: bool = False, equalise: bool = False,
+                 world: World | None = None, orthogonalise: Callable = newton_schulz):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.row_norm, self.orthogonalise = row_norm, orthogonalise
+        self.row_norm, self.equalise, self.orthogonalise = row_norm, equalise, orthogonalise
         rank, size, self.gather = 0, 1, lambda part: (part, lambda: None)
         if world:
             rank, size, self.gather = world.rank, world.size, world.gather
@@ -1765,9 +1985,9 @@ class Muon(torch.optim.Optimizer):
             if there := [(slot, p.grad) for slot, p in zip(update, stack[own]) if p.grad is not None]:
                 torch._foreach_copy_(*zip(*there))
             buffer.mul_(group["momentum"]).add_(update)
-            update = self.orthogonalise(update.add_(buffer, alpha=group["momentum"]))
-            if self.row_norm:  # rows of length 1 (#601)
-                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update.add_(buffer, alpha=group["momentum"])
+            update = self.orthogonalise(unit_rows(update) if self.equalise else update)
+            update = unit_rows(update) if self.row_norm else update  # (#601)
             pending.append((stack, *self.gather(update)))
         for stack, update, wait in pending:
             wait()
@@ -1799,11 +2019,12 @@ class Optimisers:
         for name, p in flat.parameters.items():
             members[ROLES[roles[name]][0]].append(p)
         matrices, tables, control = members.values()
-        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world,
-                         orthogonalise)
+        self.muon = Muon(matrices, hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm,
+                         hp.muon_equalise, world, orthogonalise)
         self.adamw = torch.optim.AdamW(
-            [dict(params=tables, lr=hp.tied_embed_lr), dict(params=control, lr=hp.scalar_lr)],
-            betas=(0.9, hp.beta2), eps=1e-8, weight_decay=hp.adam_wd, fused=True)
+            [dict(params=tables, lr=hp.tied_embed_lr, weight_decay=hp.embed_wd or hp.adam_wd),
+             dict(params=control, lr=hp.scalar_lr, weight_decay=hp.adam_wd)],
+            betas=(0.9, hp.beta2), eps=1e-8, fused=True)
         self.base_lr = {kind: group["lr"] for kind, group in zip(members, self.groups)}
 
     @property
@@ -1847,13 +2068,15 @@ def progress_at(hp: Hyperparameters, step: int, clock: Clock) -> Progress:
 
 def warmdown_steps(hp: Hyperparameters, progress: Progress) -> float:
     """WARMDOWN_ITERS, or the last 60 % of a run that is shorter: none starts below its full rate."""
+    if hp.warmdown_frac:
+        return hp.warmdown_frac * progress.total
     return hp.warmdown_iters if hp.warmdown_iters <= progress.total else 0.6 * progress.total
 
 
 def lr_scale(hp: Hyperparameters, progress: Progress) -> float:
-    """The learning rate's share, 1, and over the last steps to 0."""
+    """The learning rate's share, 1, and over the last steps down to MIN_LR."""
     left, steps = max(progress.total - progress.step, 0), warmdown_steps(hp, progress)
-    return min(1.0, left / steps) if steps else 1.0
+    return max(min(1.0, left / steps), hp.min_lr) if steps else 1.0
 
 
 def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
@@ -1861,6 +2084,11 @@ def muon_momentum(hp: Hyperparameters, progress: Progress) -> float:
     warm_up = hp.muon_momentum_warmup_steps
     share = min(progress.step / warm_up, 1.0) if warm_up else 1.0
     return hp.muon_momentum_warmup_start + (hp.muon_momentum - hp.muon_momentum_warmup_start) * share
+
+
+def loops_on(hp: Hyperparameters, progress: Progress) -> bool:
+    """Whether a step runs the looped layers again."""
+    return hp.num_loops > 0 and progress.step >= hp.enable_looping_at * progress.total
 
 
 def qat_active(hp: Hyperparameters, scale: float) -> bool:
@@ -1919,25 +2147,27 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     The mean squared gradient, K-FAC's other factor (arXiv:1503.05671), times a row's frequency; at the output
     the squared error of the probabilities.
     """
-    tables, calls, hooks = model.max_codes("embed"), {}, []
+    tables, calls, hooks = model.max_codes("embed"), collections.defaultdict(list), []
     names = [*model.max_codes("matrix"), *tables]
     power = torch.zeros(len(names), device=world.device)
     counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls.update({name: call})))
+        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls[name].append(call)))
     for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with world.autocast():
-            p = model(x).softmax(-1)
+            segments = document_bounds(model.hp, x, x.size(1), world)
+            p = model(x, None, segments).softmax(-1)
+            calls.clear()
             with torch.enable_grad():
-                loss = model(x, y) * y.numel()
-        to_outputs = torch.autograd.grad(loss, [calls[name][2] for name in names])
-        squares = [each.float().square().mean(-1).sum() for each in to_outputs]
-        squares[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
-        power += torch.stack(squares)
+                loss = model(x, y, segments) * y.numel()
+        outputs = [(i, call[2]) for i, name in enumerate(names) for call in calls[name]]  # at every visit
+        for (i, _), each in zip(outputs, torch.autograd.grad(loss, [output for _, output in outputs])):
+            power[i] += each.float().square().mean(-1).sum()
+        power[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
         for name, count in counts.items():
-            count += torch.bincount(calls[name][1][0].flatten(), minlength=len(count))
+            count += torch.bincount(calls[name][0][1][0].flatten(), minlength=len(count))
     for hook in hooks:
         hook.remove()
     found = dict(zip(names, world.sum_(power) / sequences[:, 1:].size))
@@ -1959,12 +2189,16 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
     for name in dict.fromkeys(map(read_by, matrices)):
         layer = model.get_submodule(name.removesuffix(".weight"))
         hessians[name] = torch.zeros(2 * [layer.weight.size(1)], device=world.device)
-        hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
+        if name != "tok_emb.weight":  # which reads the stream at the output
+            hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
     mine = world.shard(len(sequences))
     rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
     for at in range(mine.start, mine.stop, size):
+        part = rows[at: min(at + size, mine.stop)].to(world.device)
         with world.autocast():
-            model.hidden(rows[at: min(at + size, mine.stop)].to(world.device))
+            hidden = model.hidden(part, document_bounds(model.hp, part, part.size(1), world))
+        if "tok_emb.weight" in hessians:
+            add(hessians["tok_emb.weight"], None, (hidden,))
     for hook in hooks:
         hook.remove()
     for hessian in hessians.values():
@@ -2032,9 +2266,9 @@ def lite_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
 
 
-def sigma_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
-    """SDClip: the largest code is 12.85 deviations of its row, #1855's k, before the rate's factor."""
-    return (weight.std(-1) * (12.85 * multiplier / max_code)).clamp_min(SCALE_FLOOR)
+def sigma_scales(weight: Tensor, max_code: int, multiplier: float, deviations: float) -> Tensor:
+    """SDClip: the largest code is so many deviations of its row, before the rate's factor."""
+    return (weight.std(-1) * (deviations * multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
 def water_columns(weight: Tensor, scales: Tensor, max_code: int, diagonal: Tensor) -> Tensor:
@@ -2098,13 +2332,13 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
 
 
 FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
-STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in)) -> scales (k, out)
-    "absmax": lambda *grid, diagonal: row_scales(*grid),
-    "clip": lambda weight, max_code, multiplier, diagonal:
+STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in), role) -> (k, out)
+    "absmax": lambda *grid, diagonal, role: row_scales(*grid),
+    "clip": lambda weight, max_code, multiplier, diagonal, role:
         multiplier * search_scales(weight, diagonal(), max_code),
-    "lite": lambda *grid, diagonal: lite_scales(*grid),
-    "sigma": lambda *grid, diagonal: sigma_scales(*grid),
-    "water": lambda weight, _, multiplier, diagonal:  # every weight then costs as many nats
+    "lite": lambda *grid, diagonal, role: lite_scales(*grid),
+    "sigma": lambda *grid, diagonal, role: sigma_scales(*grid, ROLES[role][2]),
+    "water": lambda weight, _, multiplier, diagonal, role:  # every weight then costs as many nats
         (FINEST * multiplier * diagonal().log2().mean(-1, keepdim=True).exp2()).expand(weight.shape[:-1]),
 }
 QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
@@ -2114,9 +2348,9 @@ QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
 
 
 def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
-            diagonal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+            diagonal: Callable[[], Tensor], role: str = "attn") -> tuple[Tensor, Tensor]:
     """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
-    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal))
+    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal, role=role))
     columns = torch.zeros_like(weight[:, 0])
     if rule == "water":
         columns = water_columns(weight, scales, max_code, diagonal())
@@ -2157,8 +2391,8 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
     """Quantised tensors on the CPU; by role and matrix the errors of plain rounding and of these."""
     hp, roles, matrices = model.hp, model.roles(), model.max_codes("matrix")
     done, report = quantize_rest(model, weights, hessians, multiplier), {"matrices": {}}
-    kind = lambda name: (tuple(weights[name].shape), matrices[name])
-    for (shape, max_code), group in itertools.groupby(sorted(matrices, key=kind), kind):
+    kind = lambda name: (tuple(weights[name].shape), matrices[name], roles[name])
+    for (shape, max_code, role), group in itertools.groupby(sorted(matrices, key=kind), kind):
         names = list(group)
         own = world.shard(len(names))
         codes = torch.zeros(len(names), *shape, dtype=torch.int8, device=world.device)
@@ -2170,7 +2404,7 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[names[i]] for i in own])
             plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
-            grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H))
+            grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H), role)
             q = QUANTIZERS[hp.quantizer](W, H, max_code, *grid)
             codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
@@ -2178,11 +2412,10 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
         for part in (codes, scales, columns, errors):
             world.sum_(part)
         for i, name in enumerate(names):
-            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, roles[name],
-                                         columns[i].cpu())
+            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, role, columns[i].cpu())
             before, after = report["matrices"][name] = errors[i].tolist()
             floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
-            report.setdefault(roles[name], collections.Counter()).update(
+            report.setdefault(role, collections.Counter()).update(
                 matrices=1, error_rounding=before, error=after, floored_rows=floored_rows)
     return done, report
 
@@ -2449,7 +2682,7 @@ class Rate:
             diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
             rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
-            scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal)
+            scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal, roles[name])
             codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
             side[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
         begin, level = rest(1.0), 3 if tables else LEVEL  # quickly, where again and again
@@ -2465,10 +2698,10 @@ class Rate:
 
     def bytes(self, multiplier: float) -> float:
         total, classes = self.side + self.rest(multiplier), []
-        for (_, max_code), samples in self.samples.items():
+        for (role, max_code), samples in self.samples.items():
             counts = np.zeros((CLASSES, 256))
             for rows, times, diagonal in samples:
-                scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal)
+                scales, columns = grid_of(self.rule, rows, max_code, multiplier, diagonal, role)
                 found, parts = by_class(round_to_grid(rows, scales, max_code, columns).codes, max_code)
                 counts += times * histogram(parts)
                 classes.append(tensor_bytes(found))
@@ -2584,19 +2817,20 @@ class Stepper:
     def __init__(self, hp: Hyperparameters, model: GPT, stream: TokenStream, world: World, compiling: bool):
         wrap = compiled if compiling else (lambda function: function)
         self.hp, self.world, self.stream, self.compiling = hp, world, stream, compiling
-        self.model, self.score_fn, self.flat = wrap(model), wrap(token_losses), FlatParameters(model)
+        self.gpt, self.model, self.score_fn = model, wrap(model), wrap(token_losses)
+        self.flat = FlatParameters(model)
         world.broadcast_(self.flat.weights)  # another CPU makes other orthogonal matrices of a seed
-        orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype))
+        orthogonalise = wrap(partial(newton_schulz, dtype=world.dtype, coefficients=hp.muon_coefficients))
         self.optimisers = Optimisers(self.flat, model.roles(), hp, world, orthogonalise)
         self.qat = FakeQuantizer(self.flat.stacks(model.max_codes("matrix")), hp.soft_round_qat, wrap)
-        self.sequences = hp.train_batch_tokens // hp.train_seq_len
+        self.sequences = hp.train_batch_tokens // hp.row_tokens
         self.mine = world.shard(self.sequences)
         self.micro = micro_batch(hp, world, len(self.mine), compiling)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        rows = self.stream.step(self.hp.train_batch_tokens, self.hp.train_seq_len)
+        rows = self.stream.step(self.hp.train_batch_tokens, self.hp.row_tokens)
         rows = torch.from_numpy(rows[self.mine.start: self.mine.stop])
-        return tuple(self.world.to_device(part.contiguous()) for part in (rows[:, :-1], rows[:, 1:]))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def step(self, scale: float, momentum: float, qat_on: bool, elapsed: float = 0.0, stop: bool = False):
         flat, (x, y) = self.flat, self.batch()
@@ -2605,8 +2839,10 @@ class Stepper:
         flat.reduced.zero_()
         for at in range(0, len(x), self.micro):
             micro = x[at: at + self.micro]
+            segments = document_bounds(self.hp, micro, self.hp.train_seq_len, self.world)
+            on_device = (self.world.to_device(part) for part in (micro, y[at: at + self.micro]))
             with self.world.autocast():
-                loss = self.model(micro, y[at: at + self.micro]) * (len(micro) / self.sequences)
+                loss = self.model(*on_device, segments) * (len(micro) / self.sequences)
             loss.backward()
             flat.slot["loss"] += loss.detach()
         if qat_on:
@@ -2618,9 +2854,10 @@ class Stepper:
         self.optimisers.step(scale, momentum)
 
     def warm_up(self) -> None:
-        """Compile everything, QAT included, and undo the steps."""
-        initial = self.flat.weights.clone()
-        for i in range(self.hp.warmup_steps):
+        """Compile everything, QAT and both orders of the layers included, and undo the steps."""
+        initial, orders = self.flat.weights.clone(), sorted({False, self.hp.num_loops > 0})
+        for i, looping in itertools.product(range(self.hp.warmup_steps), orders):
+            self.gpt.looping = looping
             self.step(1.0, self.hp.muon_momentum, qat_on=i == 0 and self.hp.late_qat_threshold > 0)
         self.flat.weights.copy_(initial)
         self.optimisers.reset()
@@ -2779,13 +3016,14 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
     if qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        text = x, y, document_bounds(hp, x, hp.train_seq_len, run.world)
         with run.world.autocast():
             proofs["qat"] = proof = {
                 "first_step": qat.started_at + 1, "multiplier": qat.multiplier,
                 "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
-                "loss": model(x, y).item()}
+                "loss": model(*text).item()}
             qat.quantize(0.0, hard_quantize)
-            proof["loss_rounded"] = model(x, y).item()
+            proof["loss_rounded"] = model(*text).item()
         flat.weights.copy_(raw)
         proof["distance_raw"] = qat.distance()
         flat.weights.copy_(average)
@@ -2807,7 +3045,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     for line in stepper.optimisers.describe():
         log(line)
     log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} "
-        f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.train_seq_len} "
+        f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.row_tokens} "
         f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()
@@ -2820,6 +3058,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     matters = {name: getattr(hp, name) for name in hp.fields("model", "train", "quantise")}
     matters |= {"dtype": str(world.dtype)[6:], "train_tokens": stream.total}
     checkpoint = Checkpoint(run, matters, dict(stepper=stepper, ema=ema, swa=swa, clock=clock))
+    model.looping = False
     if hp.resume:
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
@@ -2861,6 +3100,9 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                 log.metric("validation", step=step, loss=found.val_loss, bpb=found.val_bpb,
                            seconds=clock.elapsed)
                 clock.start()
+            if loops_on(hp, progress) and not model.looping:  # for good
+                model.looping = True
+                log(f"looping:on step:{step + 1}/{progress.total:.0f} visits:{len(model.plans[True])}")
             if qat_active(hp, scale) and not qat.on:
                 begin_qat(run, model, stepper, step, scale)
             stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))
@@ -2878,6 +3120,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             checkpoint.save(step, tries=60)
             raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
                               f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
+    model.looping = hp.num_loops > 0
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
     run.training.counted["train"] = seconds

@@ -645,10 +645,11 @@ def audit(artifact: Path, places: Mapping[str, str], positions: int | None = Non
 
 @dataclass
 class Switch:
-    """What switches a technique off: weights that get other values, places from which a part is taken out."""
+    """What switches a technique off: other weights, places without a part, layers that run once."""
 
     weights: dict[str, float | tuple[float, ...]] = field(default_factory=dict)
     places: list[dict] = field(default_factory=list)
+    once: bool = False
 
 
 def switches(model: tg.GPT) -> dict[str, Switch]:
@@ -656,9 +657,9 @@ def switches(model: tg.GPT) -> dict[str, Switch]:
     fields = tg.Hyperparameters.fields("model").items()
     off = dataclasses.replace(model.hp, **{
         name: f.metadata["off"] for name, f in fields if f.metadata["off"] is not None})
-    shared = {"skips": model} if len(model.skip_weights) else {}
-    shared |= {"value_embedding": model.ve_shared} if model.hp.ve_enabled else {}
-    found = {name: Switch(dict(part.silent)) for name, part in shared.items()}
+    shared = model.silent | ({"value_embedding": model.ve_shared.silent} if model.hp.ve_enabled else {})
+    found = {name: Switch(dict(silent)) for name, silent in shared.items()}
+    found |= {"loops": Switch(once=True)} if model.looping else {}
     places = [("", model.embedding_parts, tg.EMBEDDING_PARTS, (off,))]
     for layer, block in enumerate(model.blocks):
         attn, host = block.attn, f"blocks.{layer}.attn."
@@ -680,8 +681,9 @@ def switched_off(model: tg.GPT, name: str, switch: Switch) -> Iterator[None]:
     """The model without a technique, inside the body."""
     weights = {key: model.get_parameter(key) for key in switch.weights}
     kept = {key: p.detach().clone() for key, p in weights.items()}
-    whole = [dict(place) for place in switch.places]
+    whole, looping = [dict(place) for place in switch.places], model.looping
     try:
+        model.looping &= not switch.once
         with torch.no_grad():
             for key, p in weights.items():
                 p.copy_(torch.as_tensor(switch.weights[key]).expand_as(p))
@@ -689,6 +691,7 @@ def switched_off(model: tg.GPT, name: str, switch: Switch) -> Iterator[None]:
             del place[name]
         yield
     finally:
+        model.looping = looping
         with torch.no_grad():
             for key, p in weights.items():
                 p.copy_(kept[key])

@@ -94,7 +94,7 @@ def trace(hp: tg.Hyperparameters, sequences: int) -> list[tuple[fx.GraphModule, 
     # CUDA's autocast takes norms in float32, the CPU's does not
     norm = lambda x: F.rms_norm(x.float(), (x.size(-1),)).to(x.dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(tg, "rms_norm", norm):
-        model = model.to_empty(device="cpu").use(tg.KERNELS["flash"]())
+        model = model.to_empty(device="cpu").use(tg.KERNELS["flash"](hp.train_seq_len))
         tokens = torch.empty(sequences, hp.train_seq_len, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16):
             backend = functools.partial(compile_fx, inner_compile=keep)

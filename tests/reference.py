@@ -26,17 +26,35 @@ EPS64 = float(torch.finfo(torch.float64).eps)
 # The techniques of the model, by the setting that switches each off, whose formulas stand below.
 TECHNIQUES = {
     "xsa_last_n", "ln_scale", "smear_gate", "smear_reset_at_bos", "bigram_vocab_size", "ve_enabled",
-    "value_residual", "gated_attention",
+    "value_residual", "gated_attention", "sparse_attn_gate_enabled", "num_loops", "skip_gates_enabled",
+    "parallel_start_layer", "document_mask",
 }  # fmt: skip
+
+
+def reference_order(hp, looping):
+    """The layers one after another."""
+    order = list(range(hp.num_layers))
+    if looping and hp.num_loops:
+        loop = order[hp.loop_start : hp.loop_end + 1]
+        order = order[: hp.loop_start] + loop * (1 + hp.num_loops) + order[hp.loop_end + 1 :]
+    return order
 
 
 def reference_shapes(hp):
     """Name and shape of every tensor in a saved model, as the two submissions name them."""
     layers, dim, heads, vocab = hp.num_layers, hp.model_dim, hp.num_heads, hp.vocab_size
     kv_dim, hidden = dim // heads * hp.num_kv_heads, int(hp.mlp_mult * dim)
-    shapes = {"tok_emb.weight": (vocab, dim), "skip_weights": (min(layers // 2, layers - layers // 2), dim)}
-    if hp.smear_gate:
+    skips = len(reference_order(hp, True)) // 2
+    shapes = {"tok_emb.weight": (vocab, dim), "skip_weights": (skips, dim)}
+    if hp.skip_gates_enabled:
+        shapes["skip_gates"] = (skips, dim)
+    if hp.parallel_start_layer:
+        shapes["parallel_post_lambdas"] = (layers, 2, 2)
+        shapes["parallel_resid_lambdas"] = (layers, 2)
+    if hp.smear_gate == "vector":
         shapes["smear.gate"] = (dim,)
+    if hp.smear_gate == "token":
+        shapes |= {"smear_gate.weight": (1, 12), "smear_lambda": (1,)}
     if hp.bigram_vocab_size:
         shapes["bigram.embed.weight"] = (hp.bigram_vocab_size, hp.bigram_dim)
         shapes["bigram.proj.weight"] = (dim, hp.bigram_dim)
@@ -63,6 +81,8 @@ def reference_shapes(hp):
     if hp.gated_attention:
         block["attn.attn_gate.weight"] = (heads, dim)
         block["attn.attn_gate.bias"] = (heads,)
+    if hp.sparse_attn_gate_enabled:
+        block["attn.attn_gate_w"] = (heads, 12)
     return shapes | {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
 
 
@@ -122,17 +142,26 @@ def reference_rope_base(hp, length):
     return hp.rope_base
 
 
-def reference_head(q, k, v):
-    """Causal attention of one head: q, k, v (T, head_dim)."""
+def reference_begins(ids, longest):
+    """For each position the first one of its segment; longest None: the row is one."""
+    begins = []
+    for t, token in enumerate(ids):
+        fresh = t == 0 or longest and (token == BOS or t - begins[-1] == longest)
+        begins.append(t if fresh else begins[-1])
+    return begins
+
+
+def reference_head(q, k, v, begins):
+    """Causal attention of one head from each position's begin on: q, k, v (T, head_dim)."""
     rows = []
-    for t in range(len(q)):
-        scores = k[: t + 1] @ q[t] / math.sqrt(q.shape[1])
+    for t, begin in enumerate(begins):
+        scores = k[begin : t + 1] @ q[t] / math.sqrt(q.shape[1])
         weights = torch.exp(scores - scores.max())
-        rows.append(weights / weights.sum() @ v[: t + 1])
+        rows.append(weights / weights.sum() @ v[begin : t + 1])
     return torch.stack(rows)
 
 
-def _attention(state, hp, layer, a, value_embedding, first_value, eps):
+def _attention(state, hp, layer, a, value_embedding, first_value, eps, begins):
     """Attention of one block on its normed, scaled input a (T, D): (output, this layer's raw V)."""
     name = f"blocks.{layer}.attn."
     heads, kv_heads = hp.num_heads, hp.num_kv_heads
@@ -158,12 +187,15 @@ def _attention(state, hp, layer, a, value_embedding, first_value, eps):
         v_g = v[:, g * head_dim : (g + 1) * head_dim]
         q_h = reference_rotary(q_h, base, hp.rope_dims) * state[name + "q_gain"][h]
         k_g = reference_rotary(k_g, base, hp.rope_dims)
-        y = reference_head(q_h, k_g, v_g)
+        y = reference_head(q_h, k_g, v_g, begins)
         if layer >= hp.num_layers - hp.xsa_last_n:
             v_hat = v_g / torch.clamp(torch.sqrt((v_g * v_g).sum(dim=-1, keepdim=True)), min=1e-12)
             y = y - (y * v_hat).sum(dim=-1, keepdim=True) * v_hat
         if hp.gated_attention:
             z = a @ state[name + "attn_gate.weight"][h] + state[name + "attn_gate.bias"][h]
+            y = y / (1 + torch.exp(-z))[:, None]
+        if hp.sparse_attn_gate_enabled:
+            z = 0.5 * (a[:, :12] @ state[name + "attn_gate_w"][h])
             y = y / (1 + torch.exp(-z))[:, None]
         outputs.append(y)
     return torch.cat(outputs, dim=1) @ state[name + "proj.weight"].T, raw_v
@@ -180,8 +212,14 @@ def _embed(state, hp, ids, eps):
     if hp.bigram_vocab_size:
         rows = state["bigram.embed.weight"][reference_bigram_index(ids, hp.bigram_vocab_size)]
         x = x + rows @ state["bigram.proj.weight"].T * state["bigram.scale"]
+    if hp.smear_gate == "token":
+        rows = [x[0]]
+        for t in range(1, len(ids)):
+            share = 1 / (1 + torch.exp(-(state["smear_gate.weight"][0] @ x[t, :12])))
+            rows.append(x[t] + (ids[t] != BOS) * state["smear_lambda"] * share * x[t - 1])
+        x = torch.stack(rows)
     x = reference_rms_norm(x, eps)
-    if hp.smear_gate:
+    if hp.smear_gate == "vector":
         g = 1 / (1 + torch.exp(-state["smear.gate"]))
         smeared = []
         for t in range(len(ids)):
@@ -192,41 +230,60 @@ def _embed(state, hp, ids, eps):
     return x
 
 
-def _sequence_logits(state, hp, ids, eps):
+def _sequence_logits(state, hp, ids, eps, looping, longest):
     x = x0 = _embed(state, hp, ids, eps)
     value_embedding = None
     if hp.ve_enabled:
         rows = state["ve_shared.embed.weight"][ids]
         value_embedding = rows @ state["ve_shared.proj.weight"].T * state["ve_shared.scale"]
-    encoder = hp.num_layers // 2
-    stack, first_value = [], None
-    for layer in range(hp.num_layers):
+    order = reference_order(hp, looping)
+    encoder = len(order) // 2
+    stack, first_value, other = [], None, None
+    for position, layer in enumerate(order):
         name = f"blocks.{layer}."
-        if layer >= encoder and stack:
-            x = x + state["skip_weights"][layer - encoder] * stack.pop()
+        if hp.parallel_start_layer and layer == hp.parallel_start_layer:
+            other = x  # the second lane
+        if position >= encoder and stack:
+            added = state["skip_weights"][position - encoder] * stack.pop()
+            if hp.skip_gates_enabled:
+                g = 1 / (1 + torch.exp(-state["skip_gates"][position - encoder]))
+                x = g * x + (1 - g) * added
+            else:
+                x = x + added
         ln_scale = 1 / math.sqrt(layer + 1) if hp.ln_scale else 1.0
         mix = state[name + "resid_mix"]
         u = mix[0] * x + mix[1] * x0
         a = reference_rms_norm(u, eps) * ln_scale
-        attended, raw_v = _attention(state, hp, layer, a, value_embedding, first_value, eps)
-        if layer == 0:
+        begins = reference_begins(ids, longest)
+        attended, raw_v = _attention(state, hp, layer, a, value_embedding, first_value, eps, begins)
+        if first_value is None:
             first_value = raw_v
-        h = u + state[name + "attn_scale"] * attended
-        x = h + state[name + "mlp_scale"] * _mlp(state, hp, layer, reference_rms_norm(h, eps) * ln_scale)
-        if layer < encoder:
+        attended = state[name + "attn_scale"] * attended
+        h = u + attended if other is None else other
+        moved = state[name + "mlp_scale"] * _mlp(state, hp, layer, reference_rms_norm(h, eps) * ln_scale)
+        if other is None:
+            x = h + moved
+        else:
+            r, p = state["parallel_resid_lambdas"][layer], state["parallel_post_lambdas"][layer]
+            x, other = (
+                r[j] * lane + p[0, j] * attended + p[1, j] * moved for j, lane in ((0, x), (1, other))
+            )
+        if position < encoder:
             stack.append(x)
+    x = x if other is None else (x + other) / 2
     z = reference_rms_norm(x, eps) @ state["tok_emb.weight"].T
     return hp.logit_softcap * torch.tanh(z / hp.logit_softcap)
 
 
-def reference_logits(state_dict, hp, tokens, eps=EPS64):
+def reference_logits(state_dict, hp, tokens, eps=EPS64, looping=True, longest=None):
     """Soft-capped logits (B, T, V) in float64 for tokens (B, T); eps is that of the RMS norms.
 
+    longest: attention stays inside documents, and inside pieces of so many tokens of one.
     A model in float32 or bfloat16 adds the machine epsilon of float32: compare it with eps=EPS32.
     """
     state = {name: tensor.double() for name, tensor in state_dict.items()}
     rows = torch.as_tensor(tokens).tolist()
-    return torch.stack([_sequence_logits(state, hp, ids, eps) for ids in rows])
+    return torch.stack([_sequence_logits(state, hp, ids, eps, looping, longest) for ids in rows])
 
 
 def reference_cross_entropy(logits, targets):
@@ -247,26 +304,38 @@ def reference_loss(state_dict, hp, tokens, targets, eps=EPS64):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def reference_newton_schulz(matrix, steps=5):
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def reference_newton_schulz(matrix, steps=5, coefficients=JORDAN):
     """Five quintic steps towards the nearest semi-orthogonal matrix, one matrix, float64."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.double()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (torch.sqrt((x * x).sum()) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in coefficients[:steps]:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
 
 
 def reference_muon_step(
-    param, grad, buffer, lr, momentum, weight_decay, row_norm=False, nesterov=True, steps=5
+    param, grad, buffer, lr, momentum, weight_decay, row_norm=False, equalise=False, coefficients=JORDAN
 ):
     """(new parameter, new momentum buffer) of one matrix after one step, float64."""
     buffer = momentum * buffer.double() + grad.double()
-    update = grad.double() + momentum * buffer if nesterov else buffer
-    update = reference_newton_schulz(update, steps)
+    update = grad.double() + momentum * buffer
+    if equalise:
+        for i in range(len(update)):
+            update[i] = update[i] / max(float(torch.sqrt((update[i] ** 2).sum())), 1e-7)
+    update = reference_newton_schulz(update, coefficients=coefficients)
     rows, columns = update.shape
     update = update * math.sqrt(max(1.0, rows / columns))
     if row_norm:

@@ -34,6 +34,44 @@ def shards_of(*sizes, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Segments
+# ----------------------------------------------------------------------------------------------------------
+
+
+def starts_by_hand(rows, longest):
+    """A position at a time: where a row begins, a document, or a piece of one."""
+    bounds, at = [], 0
+    for row in rows:
+        since = 0
+        for i, token in enumerate(row):
+            if i == 0 or token == 1 or at - since == longest:
+                bounds.append(at)
+                since = at
+            at += 1
+    return [*bounds, at]
+
+
+@pytest.mark.parametrize("longest", [1, 3, 8, 1000])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (3, 50), (7, 9)])
+def test_segments_begin_with_rows_documents_and_pieces(shape, longest):
+    for seed, share in enumerate((0.0, 0.05, 0.5, 1.0)):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(2, 60, shape, generator=generator)
+        tokens[torch.rand(shape, generator=generator) < share] = 1
+        bounds = tg.segment_starts(tokens, longest)
+        assert bounds.dtype == torch.int32 and bounds.tolist() == starts_by_hand(tokens.tolist(), longest)
+
+
+def test_bounds_are_padded_to_few_lengths_and_only_where_documents_count():
+    world, tokens = tg.World(SMOKE, {}), torch.tensor([[5, 1, 7, 8], [1, 1, 2, 3]])
+    assert tg.document_bounds(SMOKE, tokens, 100, world) is None
+    inside = dataclasses.replace(SMOKE, document_mask=True)
+    assert tg.document_bounds(inside, tokens, 100, world).tolist() == [0, 1, 4, 5, 8]
+    world.tuning = tg.TUNING["cuda"]
+    assert tg.document_bounds(inside, tokens, 100, world).tolist() == [0, 1, 4, 5] + [8] * 252
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Shards
 # ----------------------------------------------------------------------------------------------------------
 

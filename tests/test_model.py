@@ -16,6 +16,7 @@ from reference import (
     reference_bigram_index,
     reference_cross_entropy,
     reference_logits,
+    reference_order,
     reference_rope_base,
     reference_shapes,
 )
@@ -34,13 +35,18 @@ SMALL |= env("TTT_CHUNK_TOKENS=64 BIGRAM_VOCAB_SIZE=50 BIGRAM_DIM=24 VE_DIM=20")
 MODEL_FIELDS = tg.Hyperparameters.fields("model")
 # The settings that switch a technique of the model off, with the value that does.
 OFF = {name: f.metadata["off"] for name, f in MODEL_FIELDS.items() if f.metadata["off"] is not None}
+CALLERS = {"document_mask"}  # what a model is told with every call
 # Every preset, shrunk, and every technique at once.
 CONFIGS = {
     "pr606": "PRESET=pr606 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=4 VE_LAYERS=4,5 ROPE_NTK_REFERENCE=8",
     "pr601": "PRESET=pr601 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=2",
     "smoke": "PRESET=smoke",
+    "pr1855": "PRESET=pr1855 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=2 LOOP_START=1 LOOP_END=2"
+    " PARALLEL_START_LAYER=3",
+    "pr1855_smoke": "PRESET=pr1855_smoke",
     "all": "PRESET=pr606 NUM_LAYERS=5 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=3 VE_LAYERS=0,2,4"
-    " ROPE_NTK_REFERENCE=8 " + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False),
+    " ROPE_NTK_REFERENCE=8 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 "
+    + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False and name not in CALLERS),
 }
 ALL_ON = tg.Hyperparameters.from_env(SMALL | env(CONFIGS["all"]))  # also what the reference does not know
 
@@ -86,6 +92,7 @@ def test_every_preset_and_every_technique_is_compared_with_the_reference():
     assert not presets, f"shrink {presets} in CONFIGS"
     assert not formulas, f"write the formula of {formulas} into tests/reference.py, its name into TECHNIQUES"
     silent = [name for name, off in OFF.items() if getattr(settings("all"), name) == off]
+    silent = [name for name in silent if name not in CALLERS]
     assert not silent, f"switch {silent} on in CONFIGS['all']"
 
 
@@ -95,32 +102,52 @@ def test_every_preset_and_every_technique_is_compared_with_the_reference():
 
 # Of every visit: layer, position whose output is added, its row of skip_weights, whether its own is kept.
 PLANS = {
-    11: """0 - - kept   1 - - kept   2 - - kept   3 - - kept   4 - - kept
+    "pr606 NUM_LAYERS=11 VE_LAYERS=9": """
+           0 - - kept   1 - - kept   2 - - kept   3 - - kept   4 - - kept
            5 4 0 -      6 3 1 -      7 2 2 -      8 1 3 -      9 0 4 -      10 - - -""",
-    3: "0 - - kept   1 0 0 -   2 - - -",
+    "smoke": "0 - - kept   1 0 0 -   2 - - -",
+    "pr1855": """
+           0 - - kept   1 - - kept   2 - - kept   3 - - kept   4 - - kept
+           5 - - kept   3 - - kept   4 - - kept
+           5 7 0 -      3 6 1 -      4 5 2 -      5 4 3 -      6 3 4 -      7 2 5 -      8 1 6 two    9 0 7 -
+           10 - - -""",
+    "pr1855 off": """
+           0 - - kept   1 - - kept   2 - - kept   3 - - kept   4 - - kept
+           5 4 0 -      6 3 1 -      7 2 2 -      8 1 3 two    9 0 4 -      10 - - -""",
+    "pr1855_smoke": "0 - - kept   1 - - kept   2 - - kept   1 2 0 -   2 1 1 -   3 0 2 two   4 - - -",
+    "pr1855_smoke off": "0 - - kept   1 - - kept   2 1 0 -   3 0 1 two   4 - - -",
 }
 
 
 def rows_of(visits):
     """A plan in the table's words."""
     skip = lambda v: ("-", "-") if v.skip_from is None else (str(v.skip_from), str(v.skip_row))
-    return [(str(v.layer), *skip(v), "kept" if v.pushes else "-") for v in visits]
+    last = lambda v: "kept" if v.pushes else "two" if v.lanes == 2 else "-"
+    return [(str(v.layer), *skip(v), last(v)) for v in visits]
 
 
-@pytest.mark.parametrize("layers", PLANS)
-def test_the_plan_is_the_one_written_down(layers):
-    words = PLANS[layers].split()
+@pytest.mark.parametrize("preset", PLANS)
+def test_the_plan_is_the_one_written_down(preset):
+    words = PLANS[preset].split()
     table = [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
-    assert rows_of(tg.plan(settings("all", num_layers=layers))) == table
+    name, *rest = preset.split()
+    hp = tg.Hyperparameters.from_env({"PRESET": name} | env(" ".join(each for each in rest if each != "off")))
+    assert rows_of(tg.plan(hp, "off" not in rest)) == table
+    assert rows_of(tg.shell(hp).plans["off" not in rest]) == table
 
 
+@pytest.mark.parametrize("loops", [0, 1, 2])
 @pytest.mark.parametrize("layers", range(1, 13))
-def test_the_plan_follows_the_rule(layers):
+def test_the_plan_follows_the_rule(layers, loops):
     """The first half puts its outputs on a stack, the second half takes them, as in the submissions."""
-    visits, stack, rows = tg.plan(settings("all", num_layers=layers)), [], 0
-    assert [v.layer for v in visits] == list(range(layers))
+    hp = settings("smoke", num_layers=layers, num_loops=loops, loop_start=layers // 3, loop_end=layers // 2)
+    visits, stack, rows = tg.plan(hp), [], 0
+    order = [v.layer for v in visits]
+    assert order == reference_order(hp, True) and len(order) == layers + loops * (
+        layers // 2 - layers // 3 + 1
+    )
     for position, visit in enumerate(visits):
-        if position < layers // 2:
+        if position < len(order) // 2:
             assert visit.pushes and visit.skip_from is None
             stack.append(position)
         else:
@@ -128,37 +155,37 @@ def test_the_plan_follows_the_rule(layers):
         if visit.skip_from is not None:
             assert visit.skip_row == rows
             rows += 1
-    assert not stack and rows == layers // 2
+    assert not stack and rows == len(order) // 2
 
 
 def test_a_plan_is_all_that_decides_on_order_and_skips():
     """A model runs the visits that it is given: without skips, or a layer twice."""
     hp, order, tokens = (
-        dataclasses.replace(ALL_ON, xsa_last_n=8, ve_enabled=False),
+        dataclasses.replace(ALL_ON, xsa_last_n=8, ve_enabled=False, num_loops=0, parallel_start_layer=0),
         (0, 1, 1, 2, 3),
         some_tokens(),
     )
     model, longer = build(hp, torch.float64), build(hp, torch.float64)
-    longer.visits = tuple(tg.Visit(position) for position in range(len(order)))
+    longer.plans = [tuple(tg.Visit(position) for position in range(len(order)))]
     for block, layer in zip(longer.blocks, order):
         block.load_state_dict(model.blocks[layer].state_dict())
         block.input_scale = model.blocks[layer].input_scale
     with torch.no_grad():
         logits = model(tokens)
-        model.visits = tuple(dataclasses.replace(v, skip_from=None, pushes=False) for v in model.visits)
+        model.plans = [tuple(dataclasses.replace(v, skip_from=None, pushes=False) for v in tg.plan(hp))]
         plain = model(tokens)
-        model.visits = tuple(tg.Visit(layer) for layer in order)
+        model.plans = [tuple(tg.Visit(layer) for layer in order)]
         assert relative_error(model(tokens), longer(tokens)) < 1e-12
-        silence(model, tg.GPT.silent)
-        model.visits = tg.plan(hp)
-        assert relative_error(logits, plain) > 1e-3 and torch.equal(model(tokens), plain)
+        silence(model, model.silent["skips"])
+        model.plans = [tg.plan(hp)]
+        assert relative_error(logits, plain) > 1e-3 and relative_error(model(tokens), plain) < 1e-11
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Parameters
 # ----------------------------------------------------------------------------------------------------------
 
-PUBLISHED_COUNT = {"pr606": 33_580_124, "pr601": 26_744_007}
+PUBLISHED_COUNT = {"pr606": 33_580_124, "pr601": 26_744_007, "pr1855": 35_945_671}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED_COUNT)
@@ -209,13 +236,15 @@ def initial_state(hp, seed=0):
     return tg.GPT(hp).state_dict()
 
 
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
+@pytest.mark.parametrize("config", ["pr606", "pr601", "pr1855", "all"])
 def test_initial_values(config):
     """A matrix that ends a branch starts at zero, the others orthogonal, a part's scaled by the depth."""
     hp = settings(config, **WIDE, num_heads=4, qk_gain_init=2.5)
     constant = {"bigram.embed.weight": 0, "bigram.scale": 0.05, "smear.gate": 0, "ve_shared.scale": 0.1}
     constant |= {"skip_weights": 1, "attn_scale": 1, "mlp_scale": 1, "q_gain": 2.5, "vr_lambda": 0.5}
     constant |= {"attn.proj.weight": 0, "mlp.proj.weight": 0, "attn_gate.weight": 0, "attn_gate.bias": 4}
+    constant |= {"skip_gates": 0, "attn_gate_w": 0, "smear_gate.weight": 0, "smear_lambda": 0}
+    constant |= {"parallel_resid_lambdas": 1.1, "parallel_post_lambdas": 1}
     deviation = {"tok_emb.weight": 0.005, "ve_shared.embed.weight": 0.01}
     for name, tensor in initial_state(hp).items():
         key = next((key for key in constant if name.endswith(key)), None)
@@ -254,16 +283,19 @@ def test_the_seed_decides_the_initial_values_and_ortho_init_their_kind():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def assert_equals_the_reference(hp, dtype=torch.float32, length=15):
+def assert_equals_the_reference(hp, dtype=torch.float32, length=15, looping=True, longest=None):
     """Logits, loss and the gradient of every parameter; returns the logits."""
     tokens, eps = some_tokens(length=length), EPS64 if dtype == torch.float64 else EPS32
     x, y = tokens[:, :-1], tokens[:, 1:]
     leaves = {name: tensor.requires_grad_() for name, tensor in random_state(reference_shapes(hp)).items()}
-    expected_logits = reference_logits(leaves, hp, x, eps)
+    expected_logits = reference_logits(leaves, hp, x, eps, looping, longest)
     expected = reference_cross_entropy(expected_logits, y)
     expected.backward()
     model, exact = build(hp, dtype), 1e-11 if dtype == torch.float64 else 1e-5
-    logits, loss = model(x).detach(), model(x, y)
+    assert model.looping == (hp.num_loops > 0)
+    model.looping &= looping
+    segments = None if longest is None else tg.segment_starts(x, longest)
+    logits, loss = model(x, segments=segments).detach(), model(x, y, segments)
     assert logits.dtype == dtype and logits.shape == (*x.shape, hp.vocab_size) and loss.ndim == 0
     assert relative_error(logits, expected_logits) <= exact
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=exact)
@@ -271,6 +303,9 @@ def assert_equals_the_reference(hp, dtype=torch.float32, length=15):
     unused = ["blocks.0.attn.vr_lambda"] if hp.value_residual else []
     assert unused == [name for name, leaf in leaves.items() if leaf.grad is None]
     for name, parameter in model.named_parameters():
+        if name.startswith("parallel_"):  # of the layers before the lanes they are never read
+            first = hp.parallel_start_layer
+            assert not parameter.grad[:first].any() and parameter.grad[first:].abs().amin() > 0
         if name not in unused:
             assert relative_error(parameter.grad, leaves[name].grad) <= 10 * exact, name
         else:
@@ -284,8 +319,44 @@ def test_logits_loss_and_gradients_equal_the_reference(config, dtype):
     assert_equals_the_reference(settings(config), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("config", ["pr1855", "pr1855_smoke", "all"])
+def test_the_order_without_loops_equals_the_reference_too(config, dtype):
+    hp = settings(config)
+    without = assert_equals_the_reference(hp, dtype, looping=False)
+    with torch.no_grad():
+        assert relative_error(build(hp, dtype)(some_tokens(length=15)[:, :-1]), without.double()) > 1e-3
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("longest", [4, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_inside_documents_equals_the_reference(dtype, longest, looping):
+    """Cut by BOS alone, and into pieces of four tokens; far from the rows as they are."""
+    hp = settings("pr1855")
+    inside = assert_equals_the_reference(hp, dtype, looping=looping, longest=longest)
+    model = build(hp, dtype)
+    model.looping = looping
+    with torch.no_grad():
+        assert relative_error(model(some_tokens(length=15)[:, :-1]), inside.double()) > 1e-2
+
+
+def test_another_token_of_one_document_changes_no_logit_of_another():
+    """In a row of three documents, the first and the last cut into pieces."""
+    tokens, model = some_tokens(batch=1, length=60, seed=3), build(settings("pr1855"), torch.float64)
+    tokens[0, [25, 31]] = 1
+    with torch.no_grad():
+        inside = lambda text: model(text, segments=tg.segment_starts(text, 20))[0]
+        before = inside(tokens)
+        for at, document in ((3, range(25)), (27, range(25, 31)), (40, range(31, 60))):
+            other = tokens.clone()
+            other[0, at] = 61 if tokens[0, at] == 60 else 60
+            moved = ((inside(other) - before).abs().amax(1) > 1e-9).nonzero().flatten().tolist()
+            assert moved[0] == at and set(moved) <= set(document)
+
+
 # Every technique off, and the other settings of the model elsewhere.
-CHANGES = {f"{name} off": {name: off} for name, off in OFF.items() if name in TECHNIQUES} | {
+CHANGES = {f"{name} off": {name: off} for name, off in OFF.items() if name in TECHNIQUES - CALLERS} | {
     "xsa layers": dict(xsa_last_n=2),
     "bigram buckets": dict(bigram_vocab_size=49),
     "value embedding layers": dict(ve_layers=(1, 2, 3)),
@@ -399,7 +470,7 @@ def test_the_bigram_hash_is_int32():
     buckets, ids = 61, [5, 64_999, 60_001, 64_000, 3, 59_999, 1_023, 1_022, 64_001, 64_321]
     indices = reference_bigram_index(ids, buckets)
     assert indices[1:] != [((36313 * b) ^ (27191 * a)) % (buckets - 1) for a, b in zip(ids, ids[1:])]
-    part = tg.BigramHash(settings("all", bigram_vocab_size=buckets))
+    part = tg.BigramHash(settings("all", bigram_vocab_size=buckets), None)
     torch.nn.init.normal_(part.embed.weight)
     zeros = torch.zeros(1, len(ids), 64)
     expected = part.embed.weight[indices] @ part.proj.weight.T * part.scale
@@ -420,9 +491,10 @@ def parts_of(model):
 
 
 def silences(model):
-    """By class, the weights that silence a part of it."""
+    """By class or technique, the weights that silence a part of it."""
     owners = [*model.modules(), *(part for table in parts_of(model) for part in table.values())]
-    return {type(owner).__name__: owner.silent for owner in owners if hasattr(owner, "silent")}
+    found = {type(owner).__name__: owner.silent for owner in owners if hasattr(owner, "silent")}
+    return found | found.pop("GPT")
 
 
 @torch.no_grad()
@@ -438,7 +510,7 @@ def loss_of(model):
         return float(model(tokens[:, :-1], tokens[:, 1:]))
 
 
-@pytest.mark.parametrize("technique", OFF)
+@pytest.mark.parametrize("technique", [name for name in OFF if name not in CALLERS])
 def test_a_technique_is_off_where_its_part_is_gone_or_silent(technique):
     """Its setting changes the loss, as its part's removal does, and the weights that silence it."""
     on, off = build(ALL_ON), build(dataclasses.replace(ALL_ON, **{technique: OFF[technique]}))
@@ -447,14 +519,21 @@ def test_a_technique_is_off_where_its_part_is_gone_or_silent(technique):
     own = [silent[name] for name in silent.keys() - silences(off).keys()]
     tables = list(zip(parts_of(on), parts_of(off), strict=True))
     gone = [(table, name) for table, left in tables for name in table.keys() - left.keys()]
-    assert gone or technique in ("ln_scale", "smear_reset_at_bos")  # numbers of a part that stays
-    if own:
+    # numbers of a part that stays, and what the plan and the model's own loop do
+    own_ways = ("num_loops", "skip_gates_enabled", "parallel_start_layer")
+    assert gone or technique in ("ln_scale", "smear_reset_at_bos", *own_ways)
+    if technique == "sparse_attn_gate_enabled":  # one half where it is silent, and one without it
+        for block in off.blocks:
+            block.attn.proj.weight.data *= 0.5
+    if own and technique not in own_ways:
         quiet = build(ALL_ON)
         silence(quiet, {key: value for weights in own for key, value in weights.items()})
         assert loss_of(quiet) == pytest.approx(loss_of(off), rel=1e-6)
     for table, name in gone:
         del table[name]
     if gone:
+        for block in off.blocks if technique == "sparse_attn_gate_enabled" else ():
+            block.attn.proj.weight.data *= 2
         assert loss_of(on) == loss_of(off)
         gone_parameters = {name for name, _ in on.named_parameters()} - {
             name for name, _ in off.named_parameters()
@@ -462,21 +541,22 @@ def test_a_technique_is_off_where_its_part_is_gone_or_silent(technique):
         assert bool(gone_parameters) == bool(own), "a part with parameters says which of them silence it"
 
 
-@pytest.mark.parametrize("config", ["pr606", "pr601", "all"])
+@pytest.mark.parametrize("config", ["pr606", "pr601", "pr1855", "all"])
 def test_every_part_of_the_tables_is_one_of_a_setting(config):
     """Parts act in the order of their table, in the layers that their settings name."""
     hp, model = settings(config), build(settings(config))
     for block, layer in zip(model.blocks, range(hp.num_layers)):
         # what is not in every layer; any other part has the name of its setting
         some = {"value_embedding": hp.ve_enabled and layer in hp.ve_layers}
-        some |= {"xsa": layer >= hp.num_layers - hp.xsa_last_n}
+        some |= {"xsa": layer >= hp.num_layers - hp.xsa_last_n, "sparse_gate": hp.sparse_attn_gate_enabled}
         for there, table in (
             (block.attn.value_parts, tg.VALUE_PARTS),
             (block.attn.output_parts, tg.OUTPUT_PARTS),
         ):
             wanted = {name: some[name] if name in some else getattr(hp, name) for name in table}
             assert list(there) == [name for name in table if wanted[name]]
-    assert list(model.embedding_parts) == ["bigram", "norm", "smear"]
+    smear = ["token_smear", "norm"] if config == "pr1855" else ["norm", "smear"]
+    assert list(model.embedding_parts) == ["bigram", *smear]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -500,7 +580,8 @@ def test_roles_are_the_submissions(config):
         elif ".mlp." in name:
             assert role == "mlp", name
         else:
-            assert role == ("matrix" if name.endswith(".weight") else "control"), name
+            matrix = name.endswith(".weight") and name != "smear_gate.weight"
+            assert role == ("matrix" if matrix else "control"), name
     matrices = {name: {"attn": 15, "mlp": 7}[role] for name, role in roles.items() if role in ("attn", "mlp")}
     assert tg.GPT(hp).max_codes("matrix") == matrices
     assert tg.GPT(hp).max_codes("embed") == {name: 127 for name, role in roles.items() if role == "embed"}
@@ -519,7 +600,8 @@ def test_attention_equals_the_reference(config):
 
 
 def machine(**changed):
-    hp = settings("all", **dict(device="cpu", dtype="fp32", attention="sdpa") | changed)
+    usual = dict(device="cpu", dtype="fp32", attention="sdpa", document_mask=False)
+    hp = settings("all", **usual | changed)
     return hp, tg.World(hp, {})
 
 
@@ -544,7 +626,7 @@ def test_a_kernel_is_its_operator_causal_and_without_dropout(kernel, options):
     if kernel == "efficient":  # takes no groups, and is dropped where they are asked for
         k, v = q, q
     with Operators() as operators:
-        assert tg.KERNELS[kernel]()(q, k, v).shape == (2, 16, 4, 8)
+        assert tg.KERNELS[kernel](16)(q, k, v).shape == (2, 16, 4, 8)
     wanted = f"aten::_scaled_dot_product_{kernel}_attention"
     assert [given for name, given in operators.ran if name == wanted] == [options]
 
@@ -553,7 +635,7 @@ def forced(monkeypatch, **kernels):
     """A machine that takes itself for one with CUDA, and has these kernels."""
     hp, world = machine(attention="auto")
     monkeypatch.setattr(
-        tg, "KERNELS", {name: lambda kernel=kernel: kernel for name, kernel in kernels.items()}
+        tg, "KERNELS", {name: lambda _, kernel=kernel: kernel for name, kernel in kernels.items()}
     )
     world.on_cuda = True
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -635,11 +717,68 @@ def test_a_kernel_that_breaks_the_graph_is_dropped_where_it_would_be_compiled(mo
 
 
 def test_a_cpu_measures_no_kernels():
-    assert tg.choose_attention(*machine(attention="auto")) == ("sdpa", tg.sdpa_attention)
+    name, attend = tg.choose_attention(*machine(attention="auto"))
+    q, k, v = torch.randn(3, 2, 8, 2, 8)
+    assert name == "sdpa" and torch.equal(attend(q, k, v), tg.sdpa_attention(q, k, v))
+
+
+def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+    """As FlashAttention's function of variable length: (n, H, d), bounds, lengths; a segment at a time."""
+    assert causal and cu_q is cu_k and cu_q.dtype == torch.int32 and longest_q == longest_k
+    ends = list(zip(cu_q.tolist(), cu_q[1:].tolist()))
+    assert max(end - at for at, end in ends) <= longest_q
+    parts = [tg.sdpa_attention(*(x[None, at:end] for x in (q, k, v)))[0] for at, end in ends if at < end]
+    return torch.cat(parts)
+
+
+def some_segments():
+    """Inputs of two rows of twelve, and bounds of which the last is repeated."""
+    q, k, v = torch.randn(3, 2, 12, 4, 8)
+    return (q, k[:, :, :2], v[:, :, :2]), torch.tensor([0, 5, 6, 12, 20, 24, 24, 24], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_by_padding_is_that_of_each_segment(compiling):
+    """Gradients too; under the compiler by the longest that there may be, for its shapes do not move."""
+    torch._dynamo.reset()
+    qkv, bounds = some_segments()
+    attend = tg.by_padding(tg.sdpa_attention, longest=9)
+    attend = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiling else attend
+    results = []
+    loop = lambda *given: varlen(*(x.flatten(0, 1) for x in given[:3]), bounds, bounds, 9, 9, causal=True)
+    for function in (attend, lambda *given: loop(*given).view_as(given[0])):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        y = function(*leaves, bounds)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert (results[0][0] - tg.sdpa_attention(*qkv)).abs().max() > 0.1
+
+
+def test_attention_of_variable_length_is_called_as_it_wants(monkeypatch):
+    """torch's and FlashAttention 3's, in place of which a loop stands here; the shapes of both come back."""
+    qkv, bounds = some_segments()
+    expected = tg.sdpa_attention(*qkv, bounds)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        return varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    interface = types.SimpleNamespace(
+        flash_attn_func=lambda q, k, v, causal: tg.sdpa_attention(q, k, v),
+        flash_attn_varlen_func=lambda *given, causal: (varlen(*given, causal), "log-sum-exp"),
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
+    for kernel in ("varlen", "fa3"):
+        attend = tg.KERNELS[kernel](9)
+        torch.testing.assert_close(attend(*qkv, bounds), expected)
+        torch.testing.assert_close(attend(*qkv), tg.sdpa_attention(*qkv))
 
 
 @pytest.mark.parametrize("attention", ["auto", "fa3"])
-def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention):
+@pytest.mark.parametrize("documents", [False, True])
+def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention, documents):
     """Causal, whatever its build gives back; a Hopper GPU without it hears of it."""
     calls, lines = [], []
     for outputs in (lambda out: out, lambda out: (out, "log-sum-exp")):
@@ -648,9 +787,15 @@ def test_flash_attention_3_is_taken_where_it_is_installed(monkeypatch, attention
             calls.append(given)
             return outputs(tg.sdpa_attention(q, k, v))
 
-        interface = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+        def flash_attn_varlen_func(*given, outputs=outputs, **named):
+            calls.append(named)
+            return outputs(varlen(*given, **named))
+
+        interface = types.SimpleNamespace(
+            flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+        )
         monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
-        hp, world = machine(attention=attention)
+        hp, world = machine(attention=attention, document_mask=documents)
         world.on_cuda = True
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         world.seconds = lambda work, repeats: 1.0 + (not calls)

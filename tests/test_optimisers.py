@@ -1,6 +1,7 @@
 """Newton-Schulz and Muon against float64 loops and torch.optim.Muon; the schedules at their corners."""
 
 import copy
+import functools
 import math
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, random_model
-from reference import reference_lr_scale, reference_muon_step, reference_newton_schulz
+from reference import POLAR_EXPRESS, reference_lr_scale, reference_muon_step, reference_newton_schulz
 
 import train_gpt as tg
 
@@ -65,6 +66,22 @@ def test_newton_schulz_of_a_stack_is_matrix_by_matrix(shape):
     for matrix, result in zip(stack, results, strict=True):
         assert distance(result, tg.newton_schulz(matrix)) < 0.01
         assert distance(result, reference_newton_schulz(matrix)) < BFLOAT16
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_polar_express_equals_float64_and_makes_singular_values_one(shape):
+    """Those of at least 0.001 after normalisation end within 0.15 of 1; Jordan's are up to a half off."""
+    u, _, v = torch.linalg.svd(noise(*shape).double(), full_matrices=False)
+    values = torch.logspace(0, -2.8, min(shape), dtype=torch.float64)
+    values = (values / values.norm()).clamp_min(0.00105)
+    assert values.min() / values.norm() < 0.0013
+    matrix = (7 * u * values @ v).float()
+    found = {
+        name: tg.newton_schulz(matrix, dtype=torch.float32, coefficients=name) for name in tg.COEFFICIENTS
+    }
+    assert distance(found["polar"], reference_newton_schulz(matrix, coefficients=POLAR_EXPRESS)) < 1e-4
+    ends = {name: torch.linalg.svdvals(each) for name, each in found.items()}
+    assert 0.85 < ends["polar"].min() and ends["polar"].max() < 1.15 and ends["jordan"].min() < 0.7
 
 
 def test_newton_schulz_of_zeros_is_zero_and_its_input_stays():
@@ -133,6 +150,22 @@ def test_muon_equals_the_formula(row_norm):
             (expected if variant == row_norm else other)["end"] = param
         assert moved_apart([begin], [end], [expected["end"]]) < 0.02
         assert moved_apart([begin], [end], [other["end"]]) > 0.05
+
+
+def test_equalised_muon_with_polar_express_equals_the_formula():
+    """#1855's step: rows of one length before they are orthogonalised; each half of it is needed."""
+    orthogonalise = functools.partial(tg.newton_schulz, dtype=torch.float32, coefficients="polar")
+    start, ends, gradients = run_muon(
+        lambda params: tg.Muon(params, 0.02, 0.95, 0.04, equalise=True, orthogonalise=orthogonalise)
+    )
+    whole = dict(equalise=True, coefficients=POLAR_EXPRESS)
+    for index, (begin, end) in enumerate(zip(start, ends, strict=True)):
+        for options in (whole, dict(equalise=True), dict(coefficients=POLAR_EXPRESS)):
+            param, buffer = begin.double(), torch.zeros_like(begin)
+            for step in gradients:
+                param, buffer = reference_muon_step(param, step[index], buffer, 0.02, 0.95, 0.04, **options)
+            off = moved_apart([begin], [end], [param])
+            assert off < 1e-4 if options is whole else off > 0.02, (index, options, off)
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
@@ -230,7 +263,7 @@ def group_of(name):
     """As the submissions deal them out: by name, and matrices of blocks and projections to Muon."""
     if name == "tok_emb.weight" or name.endswith("embed.weight"):
         return "embed"
-    return "matrix" if name.endswith(".weight") else "control"
+    return "matrix" if name.endswith(".weight") and name != "smear_gate.weight" else "control"
 
 
 def settings(preset="pr606", **changed):
@@ -241,14 +274,20 @@ def settings(preset="pr606", **changed):
 
 def stepper_of(preset):
     """A narrow model of a preset with every parameter random, ready for steps."""
-    hp = tg.Hyperparameters.from_env(NARROW | {"PRESET": preset})
+    layers = {"NUM_LAYERS": "5"} if preset.startswith("pr1855") else {}
+    hp = tg.Hyperparameters.from_env(NARROW | layers | {"PRESET": preset})
     stream = tg.TokenStream([np.random.default_rng(0).integers(0, 64, 5000).astype("uint16")])
     return tg.Stepper(hp, random_model(hp, spread=0.2), stream, tg.World(hp, {}), compiling=False)
 
 
-@pytest.mark.parametrize("preset", ["pr606", "pr601", "smoke"])
+# Learning rates and decays of matrices, tables and the rest.
+RATES = dict.fromkeys(("pr606", "pr601", "smoke"), ([0.025, 0.035, 0.025], [0.04] * 3))
+RATES["pr1855_smoke"] = [0.026, 0.03, 0.02], [0.095, 0.085, 0.02]
+
+
+@pytest.mark.parametrize("preset", RATES)
 def test_groups_hold_every_parameter_once(preset):
-    stepper = stepper_of(preset)
+    stepper, (rates, decays) = stepper_of(preset), RATES[preset]
     optimisers, parameters = stepper.optimisers, dict(stepper.model.named_parameters())
     names = {id(p): name for name, p in parameters.items()}
     wanted = {
@@ -257,8 +296,8 @@ def test_groups_hold_every_parameter_once(preset):
     }
     for group, expected in zip(optimisers.groups, wanted.values(), strict=True):
         assert sorted(names[id(p)] for p in group["params"]) == sorted(expected)
-        assert group["weight_decay"] == 0.04
-    assert [group["lr"] for group in optimisers.groups] == [0.025, 0.035, 0.025]
+    assert [group["lr"] for group in optimisers.groups] == rates
+    assert [group["weight_decay"] for group in optimisers.groups] == decays
     logged = [
         re.fullmatch(
             r"optimiser group:(\w+) method:(\w+) tensors:(\d+) params:(\d+) lr:(\S+) weight_decay:(\S+)", line
@@ -269,39 +308,43 @@ def test_groups_hold_every_parameter_once(preset):
         kind: (len(them), sum(parameters[name].numel() for name in them)) for kind, them in wanted.items()
     }
     assert {kind: (int(tensors), int(params)) for kind, _, tensors, params, _, _ in logged} == sizes
-    assert [(method, lr, decay) for _, method, _, _, lr, decay in logged] == [
-        ("muon", "0.025", "0.04"), ("adamw", "0.035", "0.04"), ("adamw", "0.025", "0.04"),
-    ]  # fmt: skip
+    methods = ("muon", "adamw", "adamw")
+    assert [each[1] for each in logged] == [*methods]
+    assert [(float(lr), float(decay)) for *_, lr, decay in logged] == [*zip(rates, decays)]
 
 
-@pytest.mark.parametrize("preset", ["pr606", "pr601"])
+@pytest.mark.parametrize("preset", ["pr606", "pr601", "pr1855_smoke"])
 def test_steps_equal_plain_optimisers(preset):
-    """Gradients, clipping, Muon (row-normalised in pr601), AdamW and the schedule, written out."""
+    """Gradients, clipping, Muon (row-normalised in pr601, equalised in pr1855), AdamW and the schedule."""
     schedule = [(1.0, 0.92), (1.0, 0.93), (0.6, 0.95), (0.3, 0.99), (0.1, 0.99)]
     stepper, twin = stepper_of(preset), stepper_of(preset)
     groups = {"matrix": [], "embed": [], "control": []}
     parameters = {name: torch.nn.Parameter(p.detach().clone()) for name, p in twin.model.named_parameters()}
     for name, p in parameters.items():
         groups[group_of(name)].append(p)
-    rates = {"embed": 0.035, "control": 0.025}
+    (matrix_lr, *rates), (matrix_wd, *decays) = RATES[preset]
+    beta2, options = 0.95, dict(row_norm=preset == "pr601")
+    if preset == "pr1855_smoke":
+        beta2, options = 0.99, dict(equalise=True, coefficients=POLAR_EXPRESS)
     adamw = torch.optim.AdamW(
-        [{"params": groups[kind]} for kind in rates], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04
-    )
+        [{"params": groups[kind], "weight_decay": wd} for kind, wd in zip(("embed", "control"), decays)],
+        betas=(0.9, beta2), eps=1e-8,
+    )  # fmt: skip
     buffers = [torch.zeros_like(p) for p in groups["matrix"]]
     begins = {name: p.detach().clone() for name, p in parameters.items()}
     for scale, momentum in schedule:
         x, y = twin.batch()
+        text = x, y, tg.document_bounds(twin.hp, x, twin.hp.train_seq_len, twin.world)
         for p in parameters.values():
             p.grad = torch.zeros_like(p)
-        torch.func.functional_call(twin.model, parameters, (x, y)).backward()
+        torch.func.functional_call(twin.model, parameters, text).backward()
         assert torch.nn.utils.clip_grad_norm_(parameters.values(), 0.3) > 0.3
-        for group, lr in zip(adamw.param_groups, rates.values(), strict=True):
+        for group, lr in zip(adamw.param_groups, rates, strict=True):
             group["lr"] = lr * scale
         adamw.step()
         for i, p in enumerate(groups["matrix"]):
-            row_norm = preset == "pr601"
             new, buffers[i] = reference_muon_step(
-                p.data, p.grad, buffers[i], 0.025 * scale, momentum, 0.04, row_norm=row_norm
+                p.data, p.grad, buffers[i], matrix_lr * scale, momentum, matrix_wd, **options
             )
             p.data = new.float()
         stepper.step(scale, momentum, qat_on=False)
@@ -383,6 +426,29 @@ def test_warmdown_by_steps():
     assert scale_at(hp, 9499, 0.0) == pytest.approx(1 / 3500)
     below = [step for step in range(9500) if scale_at(hp, step, 1e6) < 0.15]
     assert below == list(range(8976, 9500))
+
+
+@pytest.mark.parametrize("wallclock", [0, 600])
+def test_a_warmdown_by_share_ends_on_its_floor(wallclock):
+    """#1855: 1 below a share of 0.15, then straight down, but not below 0.1; by clock or by steps."""
+    hp = settings("pr1855", max_wallclock_seconds=wallclock, iterations=6000 if wallclock else 1000)
+    for f in (0.001, 0.14, 0.15, 0.2, 0.5, 0.9, 0.915, 0.95, 1.0):
+        expected = 1.0 if f < 0.15 else max((1 - f) / 0.85, 0.1)
+        assert scale_at(hp, round(1000 * f), 600 * f) == pytest.approx(expected, abs=2e-3), f
+    assert scale_at(hp, 1100, 600.0) >= 0.1
+
+
+def test_layers_loop_from_a_share_of_the_run():
+    hp = settings("pr1855", max_wallclock_seconds=0, iterations=1000)
+    looped = [tg.loops_on(hp, tg.progress_at(hp, step, tg.Clock(0))) for step in range(1000)]
+    assert looped == [False] * 350 + [True] * 650
+    clock = tg.Clock(600.0)
+    clock.agreed, clock.agreed_step = 210.0, 77
+    by_clock = settings("pr1855")
+    assert tg.loops_on(by_clock, tg.progress_at(by_clock, 77, clock))
+    clock.agreed = 209.0
+    assert not tg.loops_on(by_clock, tg.progress_at(by_clock, 77, clock))
+    assert not tg.loops_on(settings("pr606"), tg.Progress(999, 1000))
 
 
 @pytest.mark.parametrize("wallclock", [0, 600, 37.5])

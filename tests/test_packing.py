@@ -935,6 +935,9 @@ def test_the_model_is_rebuilt_from_the_file_alone(artifact):
 def test_a_technique_that_the_file_does_not_name_is_off(artifact, name):
     """It was written before there was such a technique; what the caller's settings say does not count."""
     world, hp, _ = artifact
+    on = dict(num_layers=4, sparse_attn_gate_enabled=True, num_loops=2, loop_start=1, loop_end=2)
+    on |= dict(skip_gates_enabled=True, parallel_start_layer=3, document_mask=True, ttt_enabled=False)
+    hp = dataclasses.replace(hp, **on)
     plain = dataclasses.replace(hp, **{name: TECHNIQUES[name]})
     assert getattr(hp, name) != TECHNIQUES[name]
     earlier = with_settings(packed_model(plain), without=(name,))
@@ -952,7 +955,7 @@ def test_a_size_that_the_file_does_not_name_is_an_error(artifact, name):
     assert line and "artifact" in line and (name in line or name == "ve_layers")
 
 
-@pytest.mark.parametrize("name", ["num_loops", "NUM_LAYERS", "seed", "", "x" * 100])
+@pytest.mark.parametrize("name", ["num_lanes", "NUM_LAYERS", "seed", "", "x" * 100])
 def test_a_setting_that_this_script_does_not_know_is_an_error(artifact, name):
     """What a later script wrote would be computed otherwise there, though the tensors may fit."""
     world, hp, blob = artifact

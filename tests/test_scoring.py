@@ -81,9 +81,9 @@ class Digits:
     It remembers how many places are read, and how many go through the output layer.
     """
 
-    read = put_out = 0
+    read, put_out, hp = 0, 0, HP
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, segments=None):
         self.read += tokens.numel()
         return tokens.float().unsqueeze(-1)
 
@@ -119,7 +119,7 @@ class Counting:
         self.losses[where.numpy()] = losses.numpy()
 
 
-def compiled_like(model, tokens, targets, scored, temperature):
+def compiled_like(model, tokens, targets, scored, temperature, segments):
     """A scoring function that is not the eager one: `evaluate` gives it whole batches only."""
     return tg.token_losses(model, tokens, targets, scored, temperature)
 
@@ -188,7 +188,7 @@ def test_a_compiled_scorer_sees_one_shape():
     """Six windows of 16; the first window and the tail are scored eagerly."""
     shapes = []
 
-    def watching(model, tokens, targets, scored, temperature):
+    def watching(model, tokens, targets, scored, temperature, segments):
         shapes.append((tuple(tokens.shape), tuple(targets.shape), scored))
         return torch.zeros(len(tokens), scored)
 
@@ -373,7 +373,7 @@ def test_a_split_is_scored_with_the_settings_of_the_run(stride):
     run, used = types.SimpleNamespace(hp=hp, world=a_world(), log=tg.RunLog(None)), []
 
     def watching(*arguments):
-        used.append(arguments[-1])
+        used.append(arguments[-2])
         return tg.token_losses(*arguments)
 
     validation = types.SimpleNamespace(tokens=tokens, byte_counts=byte_counts)
@@ -382,6 +382,64 @@ def test_a_split_is_scored_with_the_settings_of_the_run(stride):
         103, stride, batch_tokens=32
     )
     assert set(used) == {1.0}
+
+
+def documents():
+    """A text of documents of 1 to 60 tokens and their bounds, the last one cut off."""
+    rng, text = np.random.default_rng(5), []
+    while len(text) < 400:
+        text += [1, *rng.integers(2, 64, rng.integers(1, 60)).tolist()]
+    starts = [at for at, token in enumerate(text[:400]) if token == 1]
+    return torch.tensor(text[:401], dtype=torch.int32), [*zip(starts, [*starts[1:], 400])]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("most", [SEQ_LEN, 40, 200, 1000])
+def test_documents_are_scored_by_themselves(most, ranks):
+    """By hand: each document's pieces of SEQ_LEN tokens, one at a time, whatever lies beside them."""
+    plain = dict(smear_reset_at_bos=True, bigram_vocab_size=0, rope_ntk_reference=0)
+    hp = dataclasses.replace(HP, document_mask=True, **plain)
+    model, (tokens, bounds) = random_model(hp, spread=0.25).double().eval(), documents()
+    assert max(end - at for at, end in bounds) > 2 * SEQ_LEN
+    expected = []
+    for at, end in bounds:
+        for piece in range(at, end, SEQ_LEN):
+            # from the document's start, as its smear gate sees across a cut; attention begins anew
+            x = tokens[None, at : min(piece + SEQ_LEN, end)].long()
+            segments = torch.tensor([*range(0, piece - at + 1, SEQ_LEN), x.numel()], dtype=torch.int32)
+            logits = model(x, segments=segments)[0, piece - at :]
+            targets = tokens[piece + 1 : min(piece + SEQ_LEN, end) + 1].long()
+            expected.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    expected = torch.cat(expected).detach()
+    windows, nll = tg.document_windows(tokens, most), torch.full((400,), math.nan)
+    assert [window[:1] + window[2:] for window in windows] == [(at, at) for at, *_ in windows]
+    starts = [at for at, _ in bounds]
+    assert all(end - at <= most or (at, end) in bounds for at, end, _ in windows)
+    assert windows[-1][1] == 400 and {at for at, *_ in windows} <= {*starts}
+    total = tg.Score()
+    for rank in range(ranks):
+        counts = torch.ones(400, dtype=torch.int32)
+        total += tg.evaluate(model, tokens, counts, windows, a_world(rank, ranks), most, nll=nll)
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=1e-6)
+    assert total.positions == 400 and total.nats == pytest.approx(float(expected.sum()), rel=1e-9)
+
+
+def test_a_split_of_documents_is_scored_by_them(monkeypatch):
+    """Windows of plain scores are the documents', not compiled; sliding ones stay windows, with segments."""
+    hp = dataclasses.replace(HP, document_mask=True, ttt_enabled=False)
+    model, (tokens, _) = random_model(hp, spread=0.25).eval(), documents()
+    validation = types.SimpleNamespace(tokens=tokens, byte_counts=torch.ones(400, dtype=torch.int32))
+    run = types.SimpleNamespace(hp=hp, world=a_world(), log=tg.RunLog(None))
+    compiled = []
+    score_fn = lambda *given: compiled.append(given) or tg.token_losses(*given)
+    plain = tg.score_split(run, model, validation, SEQ_LEN, "x", score_fn)
+    windows = tg.document_windows(tokens, 10**6)
+    assert not compiled and plain.positions == 400
+    assert plain.nats == pytest.approx(
+        tg.evaluate(model, tokens, validation.byte_counts, windows, a_world()).nats
+    )
+    sliding = tg.score_split(run, model, validation, 4, "x", score_fn)
+    assert sliding.positions == 400 and abs(sliding.nats - plain.nats) > 1
 
 
 def test_scoring_leaves_the_model_alone():

@@ -114,21 +114,27 @@ def test_scopes_divide_the_settings():
     assert {"vocab_size", "xsa_last_n", "ve_layers"} <= set(tg.Hyperparameters.fields("model"))
 
 
-def test_smoke_switches_every_technique_on_and_counts_steps():
-    hp = from_env({"PRESET": "smoke"})
-    assert OFF and [name for name, off in OFF.items() if getattr(hp, name) == off] == []
-    assert (hp.attn_bits, hp.mlp_bits, hp.skip_sliding, hp.max_wallclock_seconds) == (5, 5, False, 0)
-    assert 2 <= hp.num_layers <= 4
+# What the small presets have on, between them all that there is.
+ON = {preset: {name: off for name, off in OFF.items() if getattr(from_env({"PRESET": preset}), name) != off}
+      for preset in ("smoke", "pr1855_smoke")}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OFF)
-def test_every_technique_can_be_switched_off_alone(name):
-    assert from_env({"PRESET": "smoke", name.upper(): str(OFF[name])}).changed() == {name: OFF[name]}
+def test_the_small_presets_switch_every_technique_on_and_count_steps():
+    assert ON["smoke"] | ON["pr1855_smoke"] == OFF
+    for preset, layers in (("smoke", 3), ("pr1855_smoke", 5)):
+        hp = from_env({"PRESET": preset})
+        assert (hp.num_layers, hp.skip_sliding, hp.max_wallclock_seconds) == (layers, False, 0)
 
 
-def test_all_techniques_can_be_switched_off_together():
+@pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset in ON for name in ON[preset]])
+def test_every_technique_can_be_switched_off_alone(preset, name):
+    assert from_env({"PRESET": preset, name.upper(): str(OFF[name])}).changed() == {name: OFF[name]}
+
+
+@pytest.mark.parametrize("preset", ON)
+def test_all_techniques_can_be_switched_off_together(preset):
     env = {name.upper(): str(off) for name, off in OFF.items()}
-    assert from_env(env | {"PRESET": "smoke"}).changed() == OFF
+    assert from_env(env | {"PRESET": preset}).changed() == ON[preset]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,6 +231,8 @@ SPELT = [
     ("BIGRAM_HASH", "0", "bigram_vocab_size", 0), ("BIGRAM_HASH", "1", None, None),
     ("EMA_ENABLED", "0", "averaging", "none"), ("EMA_ENABLED", "1", None, None),
     ("SWA_ENABLED", "1", "averaging", "swa"), ("SWA_ENABLED", "0", None, None),
+    ("SMEAR_GATE", "0", "smear_gate", "0"), ("SMEAR_GATE", "1", None, None),
+    ("SMEAR_GATE", "vector", None, None), ("SMEAR_GATE", "token", "smear_gate", "token"),
     ("LATE_QAT", "0", None, None)]  # fmt: skip
 
 
@@ -408,7 +416,8 @@ def test_numbers_at_their_bounds_and_just_beyond(name):
     """A closed end is taken, an open one and what lies beyond are refused by name; no combination crashes."""
     like, within = FIELDS[name].default, FIELDS[name].metadata["within"]
     if isinstance(like, bool):
-        assert [getattr(from_env({name.upper(): text}), name) for text in ("0", "1")] == [False, True]
+        known = {"TTT_ENABLED": "0", "ROPE_NTK_REFERENCE": "0"} if name == "document_mask" else {}
+        assert [getattr(from_env(known | {name.upper(): text}), name) for text in ("0", "1")] == [False, True]
         return
 
     def refused(value):
@@ -560,7 +569,8 @@ def test_a_run_id_is_a_plain_name(name):
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_a_switch_of_one_technique_leaves_late_qat_alone(preset, said):
     usual, hp = from_env({"PRESET": preset}), from_env({"PRESET": preset} | environment(said))
-    assert hp.late_qat_threshold == usual.late_qat_threshold > 0 and hp.soft_round_qat == usual.soft_round_qat
+    assert hp.late_qat_threshold == usual.late_qat_threshold and hp.soft_round_qat == usual.soft_round_qat
+    assert hp.late_qat_threshold > 0 or preset.startswith("pr1855")
     other = from_env({"PRESET": preset, "LATE_QAT": "false"})
     assert other.late_qat_threshold == 0
 

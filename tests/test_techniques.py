@@ -32,6 +32,33 @@ def validation(tiny_hp) -> tg.Validation:
 
 
 @pytest.fixture(scope="module")
+def looped(tiny_hp) -> tg.GPT:
+    """pr1855's parts, at the sizes of the others."""
+    sizes = ("vocab_size", "model_dim", "num_heads", "num_kv_heads", "rope_dims", "eval_seq_len")
+    hp = tg.Hyperparameters.from_env({"PRESET": "pr1855_smoke"})
+    return random_model(dataclasses.replace(hp, **{name: getattr(tiny_hp, name) for name in sizes}))
+
+
+def test_every_technique_of_1855_has_an_effect(looped, validation, world):
+    names = {"token_smear", "sparse_gate", "xsa", "skips", "lanes", "loops"}
+    found = audit.techniques(looped, validation, world)
+    assert found.keys() == names and looped.looping
+    assert len({each["loss_without"] for each in found.values()} | {found["xsa"]["loss"]}) == 1 + len(names)
+
+
+def test_loops_and_skips_of_1855_switched_off(looped, validation, world):
+    """The layers once each; the gates shut; what a lane takes of the other's."""
+    found = audit.techniques(looped, validation, world)
+    plans, looped.plans = looped.plans, 2 * (looped.plans[False],)
+    once = audit.techniques(looped, validation, world)["loops"]
+    looped.plans = 2 * (tuple(dataclasses.replace(visit, skip_from=None) for visit in plans[True]),)
+    no_skips = audit.techniques(looped, validation, world)["skips"]
+    looped.plans = plans
+    assert once["loss"] == once["loss_without"] == found["loops"]["loss_without"]
+    assert no_skips["loss"] == pytest.approx(found["skips"]["loss_without"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
 def found(tiny_hp, validation, world) -> dict[str, dict[str, float]]:
     """What is to be tested, of a model with every technique on."""
     return audit.techniques(random_model(tiny_hp), validation, world)
@@ -68,7 +95,7 @@ def test_a_technique_switched_off_is_a_model_that_never_had_it(tiny_hp, validati
 
 def test_skips_switched_off_add_nothing(tiny_hp, validation, world, found):
     model = random_model(tiny_hp)
-    model.visits = tuple(dataclasses.replace(visit, skip_from=None) for visit in model.visits)
+    model.plans = [tuple(dataclasses.replace(visit, skip_from=None) for visit in tg.plan(tiny_hp))]
     skips = audit.techniques(model, validation, world)["skips"]
     assert skips["loss"] == skips["loss_without"] == found["skips"]["loss_without"]
 

@@ -322,7 +322,7 @@ def first_step(hp, shards, size=1, accumulation=1, qat_on=False):
         stepper, calls = stepper_of(hp, shards, Rank(hp, rank, size)), []
 
         def watched(_, given, calls=calls):
-            x, y = given
+            x, y, _ = given
             assert torch.equal(x[:, 1:], y[:, :-1])
             calls.append(len(x))
             seen.extend((*row, last) for row, last in zip(x.tolist(), y[:, -1].tolist()))
