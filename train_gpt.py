@@ -144,7 +144,8 @@ PRESETS["smoke"] = SMALL | dict(
     ttt_epochs=2, ttt_batch_seqs=2, ttt_params="all", ttt_schedule="constant", ttt_temperature=0.99,
 )
 PRESETS["pr1855_smoke"] = PRESETS["pr1855"] | SMALL | dict(
-    num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3, qk_gain_init=3.0)
+    num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3, qk_gain_init=3.0,
+    train_seq_schedule="128@0.1")
 
 # The submissions' other spellings: the setting, and of a switch what 0 and 1 say of it, - for nothing.
 SPELLINGS = {
@@ -227,6 +228,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
         (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
+        (hp.train_seq_schedule and not (hp.document_mask and re.fullmatch(
+            r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))+", hp.train_seq_schedule, re.ASCII)),
+         "TRAIN_SEQ_SCHEDULE must read LENGTH@SHARE,LENGTH@SHARE, and needs DOCUMENT_MASK=1"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
         (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
@@ -317,6 +321,7 @@ class Hyperparameters:
     enable_looping_at: float = _train(0.0, "share of the run before layers loop", "[0, 1]")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
+    train_seq_schedule: str = _train("", "shorter segments at first: 512@0.1 until a tenth of the run, 1024@0.5")
     tied_embed_lr: float = _train(0.035, "AdamW learning rate of the tables")
     matrix_lr: float = _train(0.025, "Muon learning rate of the matrices")
     scalar_lr: float = _train(0.025, "AdamW learning rate of the rest")
@@ -437,16 +442,16 @@ class Tuning:
     scored: int   # positions whose logits are held at a time while scoring
     scoring: int  # activations of the stream in a scoring batch; twice as many in a micro-batch
     probe: int    # rows of the matrices that measure the device's rate
-    bounds: int   # in multiples of so many are bounds of segments, so that few graphs are compiled
+    bounds: int   # of segments, in multiples of so many a TRAIN_SEQ_LEN: one graph serves nearly every text
     lag: int      # steps by which losses are read late, so that the host never waits
 
 
 TUNING = {
     "cpu": Tuning(lambda p, y: p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)),
-                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, bounds=1, lag=0),
+                  logits=1 << 19, scored=256, scoring=1 << 20, probe=768, bounds=0, lag=0),
     # in the kernel of its neighbours, where a scatter is one of its own
     "cuda": Tuning(lambda p, y: p - (torch.arange(p.size(1), device=p.device) == y).to(p.dtype),
-                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, bounds=256, lag=1),
+                   logits=1 << 27, scored=1 << 30, scoring=1 << 26, probe=8192, bounds=8, lag=1),
 }
 
 
@@ -1033,8 +1038,9 @@ def document_bounds(hp: Hyperparameters, tokens: Tensor, longest: int, world: Wo
     """The segments that attention stays inside, the last bound repeated; None without DOCUMENT_MASK."""
     if not hp.document_mask:
         return None
-    bounds = segment_starts(tokens, longest)
-    return world.to_device(F.pad(bounds, (0, -len(bounds) % world.tuning.bounds), value=tokens.numel()))
+    bounds, size = segment_starts(tokens, longest), tokens.numel()
+    multiple = max(world.tuning.bounds * size // hp.train_seq_len, 1)
+    return world.to_device(F.pad(bounds, (0, -len(bounds) % multiple), value=size))
 
 
 class ByteTable:
@@ -2091,6 +2097,13 @@ def loops_on(hp: Hyperparameters, progress: Progress) -> bool:
     return hp.num_loops > 0 and progress.step >= hp.enable_looping_at * progress.total
 
 
+def segment_length(hp: Hyperparameters, progress: Progress) -> int:
+    """The longest segment of a step, PR #2014: of the schedule's first stage that is not over, else T."""
+    stages = re.findall(r"(\d+)@([\d.]+)", hp.train_seq_schedule)
+    now = (int(length) for length, until in stages if progress.step < float(until) * progress.total)
+    return min(next(now, hp.train_seq_len), hp.train_seq_len)
+
+
 def qat_active(hp: Hyperparameters, scale: float) -> bool:
     """Whether a step of this learning rate is fake-quantised."""
     return scale < hp.late_qat_threshold
@@ -2825,7 +2838,7 @@ class Stepper:
         self.qat = FakeQuantizer(self.flat.stacks(model.max_codes("matrix")), hp.soft_round_qat, wrap)
         self.sequences = hp.train_batch_tokens // hp.row_tokens
         self.mine = world.shard(self.sequences)
-        self.micro = micro_batch(hp, world, len(self.mine), compiling)
+        self.micro, self.longest = micro_batch(hp, world, len(self.mine), compiling), hp.train_seq_len
 
     def batch(self) -> tuple[Tensor, Tensor]:
         rows = self.stream.step(self.hp.train_batch_tokens, self.hp.row_tokens)
@@ -2839,7 +2852,7 @@ class Stepper:
         flat.reduced.zero_()
         for at in range(0, len(x), self.micro):
             micro = x[at: at + self.micro]
-            segments = document_bounds(self.hp, micro, self.hp.train_seq_len, self.world)
+            segments = document_bounds(self.hp, micro, self.longest, self.world)
             on_device = (self.world.to_device(part) for part in (micro, y[at: at + self.micro]))
             with self.world.autocast():
                 loss = self.model(*on_device, segments) * (len(micro) / self.sequences)
@@ -3089,7 +3102,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             before, scale = scale, lr_scale(hp, progress)
             if scale < 1 == before:
                 log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
-                    f"asked:{hp.warmdown_iters}")
+                    f"asked:{hp.warmdown_frac or hp.warmdown_iters}")
             if hp.val_loss_every and step and step % hp.val_loss_every == 0:
                 world.synchronize()
                 clock.stop()
@@ -3103,6 +3116,9 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             if loops_on(hp, progress) and not model.looping:  # for good
                 model.looping = True
                 log(f"looping:on step:{step + 1}/{progress.total:.0f} visits:{len(model.plans[True])}")
+            if (longest := segment_length(hp, progress)) != stepper.longest:
+                stepper.longest = longest
+                log(f"segments step:{step + 1}/{progress.total:.0f} longest:{longest}")
             if qat_active(hp, scale) and not qat.on:
                 begin_qat(run, model, stepper, step, scale)
             stepper.step(scale, muon_momentum(hp, progress), qat.on, clock.elapsed, bool(stops))

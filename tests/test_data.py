@@ -68,7 +68,8 @@ def test_bounds_are_padded_to_few_lengths_and_only_where_documents_count():
     inside = dataclasses.replace(SMOKE, document_mask=True)
     assert tg.document_bounds(inside, tokens, 100, world).tolist() == [0, 1, 4, 5, 8]
     world.tuning = tg.TUNING["cuda"]
-    assert tg.document_bounds(inside, tokens, 100, world).tolist() == [0, 1, 4, 5] + [8] * 252
+    inside = dataclasses.replace(inside, train_seq_len=4)  # eight for each row
+    assert tg.document_bounds(inside, tokens, 100, world).tolist() == [0, 1, 4, 5] + [8] * 12
 
 
 # ----------------------------------------------------------------------------------------------------------
