@@ -131,6 +131,13 @@ AT_RATE = {title: variant(f"qat-{label}-at3", "ITERATIONS=425 WARMDOWN_ITERS=330
                ("ste", "straight-through below 0.3", "SOFT_ROUND_QAT=0 LATE_QAT_THRESHOLD=0.3"))}
 QAT_AT_RATE = {(title, q): variant(f"{what.label}-{q}", f"{SCORED} QUANTIZER={q}", what)
                for title, what in AT_RATE.items() for q in ("rtn", "gptq")}
+# #1855's twin takes twice the time of `smoke` for a step (medians of both in turn, one thread: 1.96).
+TWINS = {title: variant(f"twin-{label}", f"PRESET={preset} ITERATIONS={steps} WARMDOWN_ITERS={warmdown} "
+                        f"{SCORED} STAGES=train,quantize,evaluate")
+         for label, title, preset, steps, warmdown in (
+             ("1855", "`pr1855_smoke`", "pr1855_smoke", 320, 0),
+             ("smoke", "`smoke`, as many tokens", "smoke", 320, 250),
+             ("smoke-clock", "`smoke`, as much time", "smoke", 640, 500))}
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -333,6 +340,21 @@ def qat_at_rate_table(bench: Bench) -> list[str]:
     return markdown(("QAT", "float bpb", "plain rounding", "effect", "GPTQ", "effect"), *rows)
 
 
+def twins_table(bench: Bench) -> list[str]:
+    """#1855's twin against `smoke` at equal tokens and at equal time."""
+    rows, (twin, *_) = [], TWINS.values()
+    for title, what in TWINS.items():
+        row = [title]
+        for score in ("bpb.float", "bpb.roundtrip"):
+            bpb = bench.values(what, score)
+            row += [spread(bpb), spread(paired(bpb, bench.values(twin, score)), "+.4f")]
+        size, steps, seconds = (bench.values(what, path)
+                                for path in ("artifact.model_bytes", "steps", "train_seconds"))
+        rows.append((*row, spread(size, ",.0f"), spread(steps, ".0f").split(" ")[0], spread(seconds, ".0f")))
+    return markdown(("preset", "float bpb", "above the twin", "packed bpb", "above the twin", "model bytes",
+                     "steps", "seconds of training"), *rows)
+
+
 def ttt_table(bench: Bench) -> list[str]:
     """The same artifacts scored without and with test-time training."""
     base = bench.values(PLAIN, "bpb.sliding")
@@ -351,6 +373,7 @@ STUDIES = {  # name: variants, and the table over their finished runs
     "steps-after-qat": (list(STEPS_AFTER_QAT.values()), after_qat_table),
     "qat-at-rate": (list(QAT_AT_RATE.values()), qat_at_rate_table),
     "ttt": (list(TTT.values()), ttt_table),
+    "twins": (list(TWINS.values()), twins_table),
 }
 
 
