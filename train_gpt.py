@@ -228,9 +228,8 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
         (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
-        (hp.train_seq_schedule and not (hp.document_mask and re.fullmatch(
-            r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))+", hp.train_seq_schedule, re.ASCII)),
-         "TRAIN_SEQ_SCHEDULE must read LENGTH@SHARE,LENGTH@SHARE, and needs DOCUMENT_MASK=1"),
+        (not re.fullmatch(r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))*", hp.train_seq_schedule, re.ASCII),
+         "TRAIN_SEQ_SCHEDULE must read LENGTH@SHARE,LENGTH@SHARE"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
         (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
@@ -321,7 +320,7 @@ class Hyperparameters:
     enable_looping_at: float = _train(0.0, "share of the run before layers loop", "[0, 1]")
     train_batch_tokens: int = _train(786432, "tokens per step over all ranks", COUNT)
     train_seq_len: int = _train(2048, "T while training", COUNT)
-    train_seq_schedule: str = _train("", "shorter segments at first: 512@0.1 until a tenth of the run, 1024@0.5")
+    train_seq_schedule: str = _train("", "documents' segments at first: 512@0.1 for a tenth of the run")
     tied_embed_lr: float = _train(0.035, "AdamW learning rate of the tables")
     matrix_lr: float = _train(0.025, "Muon learning rate of the matrices")
     scalar_lr: float = _train(0.025, "AdamW learning rate of the rest")
@@ -3116,7 +3115,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             if loops_on(hp, progress) and not model.looping:  # for good
                 model.looping = True
                 log(f"looping:on step:{step + 1}/{progress.total:.0f} visits:{len(model.plans[True])}")
-            if (longest := segment_length(hp, progress)) != stepper.longest:
+            if hp.document_mask and (longest := segment_length(hp, progress)) != stepper.longest:
                 stepper.longest = longest
                 log(f"segments step:{step + 1}/{progress.total:.0f} longest:{longest}")
             if qat_active(hp, scale) and not qat.on:

@@ -445,7 +445,7 @@ def start(bench: Bench, what: Variant, seed: int, env: Mapping[str, str]) -> sub
     folder.mkdir()
     with open(folder / CONSOLE, "wb") as console:
         fcntl.flock(console, fcntl.LOCK_EX)  # the run inherits it, and holds it while it lives
-        if "quantize" in what.env["STAGES"]:
+        if what.parent and "quantize" in what.env["STAGES"]:
             hand_over(bench.finished(what.parent, seed), folder)
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train_gpt.py")], cwd=bench.logs.parent, stdin=subprocess.DEVNULL,

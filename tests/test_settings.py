@@ -243,8 +243,8 @@ def test_other_spellings_set_the_field_and_no_other(name, text, field, value):
 
 
 def test_every_spelling_is_tried_here():
-    assert set(tg.SPELLINGS) <= {name for name, *_ in SPELT} and len(SWITCHES) == 8
-    assert {len(setting.split()) for setting in tg.SPELLINGS.values()} == {1, 3}
+    assert set(tg.SPELLINGS) <= {name for name, *_ in SPELT} and len(SWITCHES) == 9
+    assert {len(setting.split()) for setting in tg.SPELLINGS.values()} == {1, 3, 5}
     said = {(name, text) for name, text, *_ in SPELT} | {("LATE_QAT", "1")}
     assert {(name, text) for name in SWITCHES for text in ("0", "1")} <= said
     assert from_env({"LATE_QAT": "1"}) == from_env({}) and tg.SPELLINGS.keys().isdisjoint(tg.FIXED)
