@@ -912,20 +912,20 @@ def test_verify_finds(dataset: Path, capsys: pytest.CaptureFixture, case: str) -
 
 
 def test_verify_knows_sidecars(dataset: Path, capsys: pytest.CaptureFixture) -> None:
-    """They are no tokens, have a size to match, and a sum."""
-    size, sidecar = (
-        len(shard_ids(dataset / "fineweb_val_000000.bin")),
-        dataset / "fineweb_val_bytes_000000.bin",
-    )
-    write_ids(sidecar, [60_000] * size)
+    """They are no tokens, have their shards' sizes, and a sum."""
+    sizes = [len(shard_ids(path)) for path in sorted(dataset.glob("fineweb_val_*.bin"))]
+    sidecars = [dataset / f"fineweb_val_bytes_{number:06d}.bin" for number in range(len(sizes))]
+    for path, size in zip(sidecars, sizes):
+        write_ids(path, [60_000] * size)
     call("verify", dataset)
     output = capsys.readouterr().out
-    assert f"val_bytes tokens:{size} bytes:{60_000 * size}," in output and "val documents:4 " in output
-    assert hashlib.sha256(sidecar.read_bytes()).hexdigest() in output
-    write_ids(sidecar, [1] * (size - 1))
+    assert f"val_bytes tokens:{sum(sizes)} bytes:{60_000 * sum(sizes)}," in output
+    assert "val documents:4 " in output
+    assert hashlib.sha256(sidecars[0].read_bytes()).hexdigest() in output
+    write_ids(sidecars[0], [1] * (sizes[0] - 1))
     assert prepare.main(["verify", str(dataset)]) == 1
     error = capsys.readouterr().err
-    assert f"fineweb_val_bytes_000000.bin and those after it are for [{size - 1}] tokens" in error
+    assert f"fineweb_val_bytes_000000.bin and those after it are for {[sizes[0] - 1, *sizes[1:]]}" in error
 
 
 DAMAGED = {
