@@ -4,6 +4,8 @@
 #   ./run.sh                     the smoke preset: a small model on an embedded corpus, a few minutes on two CPU cores
 #   ./run.sh pr606               FineWeb, 11 layers; one process per CUDA device (NPROC=n to choose)
 #   ./run.sh pr601
+#   ./run.sh pr1855              FineWeb in 8,192 pieces
+#   ./run.sh pr1855_smoke        the same small, on the embedded corpus
 #   SEEDS=1337,42,7 ./run.sh     a run for each seed, one after the other, then their mean and deviation
 #   ./run.sh gpucheck            on one GPU, ten minutes: its tests, then a step's parts beside their estimates
 #   ./run.sh test                the test suite, and its ten slowest tests
@@ -18,9 +20,12 @@ fail() { echo "error: $*" >&2; exit 1; }
 say() { echo "run.sh: $*"; }
 
 what=${1:-${PRESET:-smoke}}
-case $what in
-  smoke|pr606|pr601|gpucheck|test) ;;
-  *) fail "unknown argument '$what'; use smoke, pr606, pr601, gpucheck or test" ;;
+case $what in  # where a preset's text comes from, and the size of its vocabulary
+  smoke|pr1855_smoke) corpus=sotu vocab=4096 ;;
+  pr606|pr601) corpus=fineweb vocab=1024 ;;
+  pr1855) corpus=fineweb vocab=8192 ;;
+  gpucheck|test) corpus= ;;
+  *) fail "unknown argument '$what'; use smoke, pr606, pr601, pr1855, pr1855_smoke, gpucheck or test" ;;
 esac
 [ $# -le 1 ] || [ "$*" = "test quick" ] || fail "one argument, or 'test quick'; settings are environment variables"
 seeds=${SEEDS:-} nproc=${NPROC:-}
@@ -31,8 +36,8 @@ modules="numpy sentencepiece zstandard"
 case $what in
   gpucheck) modules="$modules pytest" ;;
   test) modules="$modules pytest ruff huggingface_hub tqdm matplotlib scipy" ;;
-  pr606|pr601) modules="$modules huggingface_hub tqdm" ;;
 esac
+[ "$corpus" != fineweb ] || modules="$modules huggingface_hub tqdm"
 has_modules() {
   "$1" - $modules <<'PY' >/dev/null 2>&1
 import importlib.util, sys
@@ -79,13 +84,13 @@ fi
 # 2. Data, where the run uses the preset's own; a second call finds it there.
 export PRESET=$what
 if [ -z "${DATA_PATH:-}" ]; then
-  case $what in
-    smoke) "$python" data/prepare.py sotu --vocab-size "${VOCAB_SIZE:-4096}" ;;
+  case $corpus in
+    sotu) "$python" data/prepare.py sotu --vocab-size "${VOCAB_SIZE:-$vocab}" ;;
     *)
       shards=${TRAIN_SHARDS:-80}
       case $shards in *[!0-9]*) fail "TRAIN_SHARDS=$shards is not a number" ;; esac
       say "FineWeb, $shards training shards: about $(((shards * 2 + 1) / 10)) GB to download, less what is here already"
-      "$python" data/prepare.py fineweb --variant "sp${VOCAB_SIZE:-1024}" --train-shards "$shards" ;;
+      "$python" data/prepare.py fineweb --variant "sp${VOCAB_SIZE:-$vocab}" --train-shards "$shards" ;;
   esac
 fi
 
@@ -102,7 +107,7 @@ one_run() {
     "$python" train_gpt.py
   fi
   "$python" records/summary.py "$1"
-  if [ "$what" = smoke ] && [ -f "$1/artifact.bin" ]; then
+  if [ "$corpus" = sotu ] && [ -f "$1/artifact.bin" ]; then
     echo
     "$python" records/audit.py "$1/artifact.bin" --techniques || say "no such table, but the run in $1 is whole"
   fi
@@ -111,7 +116,7 @@ one_run() {
   else
     say "no report: $python -m pip install matplotlib, then $python records/report.py $1"
   fi
-  if [ "$what" = smoke ] && [ -f "$1/artifact.bin" ]; then
+  if [ "$corpus" = sotu ] && [ -f "$1/artifact.bin" ]; then
     say "the packed model, left to itself (records/sample.py):"
     "$python" records/sample.py "$1" --tokens 80 || say "no sample, but the run in $1 is whole"
   fi

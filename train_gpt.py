@@ -1007,10 +1007,10 @@ def read_shard(path: str | Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(count,))
 
 
-def read_split(folder: str, split: str) -> list[np.ndarray]:
+def read_split(folder: str, split: str, needed: bool = True) -> list[np.ndarray]:
     """A split's shards in order of their names."""
-    files = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
-    if not files:
+    files = sorted(Path(folder).glob(f"fineweb_{split}_[0-9]*.bin"))
+    if needed and not files:
         raise UserError(f"no fineweb_{split}_*.bin in {folder}; set DATA_PATH or run data/prepare.py")
     return [read_shard(file) for file in files]
 
@@ -1096,12 +1096,6 @@ class TokenStream:
         starts = np.random.default_rng(seed).integers(self.total, size=count)
         return np.stack([self.read(int(at), seq_len) for at in starts])
 
-    def bpb_per_nat(self, table: ByteTable) -> float:
-        """Bits per byte of one nat per token, by a million tokens."""
-        sample = torch.from_numpy(self.read(0, min(self.total, 1 << 20)))
-        counts = table.count(sample[:-1], sample[1:])
-        return len(counts) / math.log(2) / max(int(counts.sum()), 1)
-
 
 def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model, checked against VOCAB_SIZE."""
@@ -1112,8 +1106,8 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def check_tokenizer(table: ByteTable, tokens: Tensor) -> None:
-    """Decode some documents, to the table's bytes (#1143, #1719) and a text that encodes to their ids."""
+def check_tokenizer(table: ByteTable, tokens: Tensor, sidecar: bool = False) -> None:
+    """Decode some documents, to text of their ids and, without sidecar, the table's bytes (#1143, #1719)."""
     sample, processor, spare = tokens[:1_000_000], table.processor, 0
     starts = (sample == BOS).nonzero().flatten().tolist()[:201]
     if len(starts) < 2:
@@ -1124,7 +1118,8 @@ def check_tokenizer(table: ByteTable, tokens: Tensor) -> None:
     charged, size = int(table.count(text[:-1], text[1:]).sum()), len("".join(decoded).encode())
     pairs = lambda rows: collections.Counter(pair for row in rows for pair in itertools.pairwise([BOS, *row]))
     total, same = sum(map(len, ids)), (pairs(ids) & pairs(processor.encode(decoded))).total()
-    if abs(charged - size) > len(ids) + spare or total - same > 0.01 * total + spare:
+    miscounted = not sidecar and abs(charged - size) > len(ids) + spare
+    if miscounted or total - same > 0.01 * total + spare:
         raise UserError(f"tokenizer and shards do not belong together: of {total} tokens, decoded and "
                         f"encoded, {total - same} differ (bytes counted: {charged}, decoded: {size})")
 
@@ -1136,6 +1131,7 @@ class Validation:
     byte_counts: Tensor  # (positions,) int32
     corpus: str
     table: ByteTable
+    sidecar: bool = False  # fineweb_val_bytes_*.bin charge the text as it was before a transformation
 
     @property
     def bytes(self) -> int:
@@ -1145,6 +1141,11 @@ class Validation:
     def load(hp: Hyperparameters, world: World) -> Validation:
         processor = load_tokenizer(hp.tokenizer_path, hp.vocab_size)
         shards = read_split(hp.data_path, "val")
+        sidecar = read_split(hp.data_path, "val_bytes", needed=False)
+        counted, held = (sum(map(len, files)) for files in (sidecar, shards))
+        if sidecar and counted != held:
+            raise UserError(f"{hp.data_path}/fineweb_val_bytes_*.bin count bytes for {counted} tokens, the "
+                            f"shards hold {held}; fetch both again")
         check_ids(shards, hp.vocab_size, world)
         whole, table = np.concatenate(shards), ByteTable(processor)
         meta = Path(hp.data_path) / "meta.json"
@@ -1154,10 +1155,11 @@ class Validation:
         with reading(meta, "make the data again with data/prepare.py"):
             known = parse_json(meta.read_bytes()) if meta.is_file() else {}
         tokens = torch.from_numpy(whole[: positions + 1].astype(np.int32))
-        check_tokenizer(table, tokens)
-        counts = table.count(tokens[:-1], tokens[1:])
-        corpus = known.get("corpus") or Path(hp.data_path).name
-        return Validation(tokens.to(world.device), counts.to(world.device), str(corpus), table)
+        check_tokenizer(table, tokens, bool(sidecar))
+        counts = torch.from_numpy(np.concatenate(sidecar)[1: positions + 1].astype(np.int32)) if sidecar \
+            else table.count(tokens[:-1], tokens[1:])
+        corpus = str(known.get("corpus") or Path(hp.data_path).name)
+        return Validation(tokens.to(world.device), counts.to(world.device), corpus, table, bool(sidecar))
 
 
 # ----------------------------------------------------------
@@ -3075,8 +3077,9 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
-    ahead = partial(forecast, run, len(validation.byte_counts), reserve)
-    step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops, ahead)
+    positions = len(validation.byte_counts)
+    bpb_per_nat = Score(positions, positions, validation.bytes).val_bpb  # of validation's bytes per token
+    step_log = StepLog(run, clock, step, bpb_per_nat, flops, partial(forecast, run, positions, reserve))
     stops, remedy = [], "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
     def follow(lag) -> None:
@@ -3375,7 +3378,7 @@ def check_machine(hp: Hyperparameters, world: World) -> None:
                         f"CPU; take PRESET=smoke, or say DEVICE=cpu")
 
 
-def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
+def open_run(hp: Hyperparameters, world: World, validation: Validation) -> Path:
     """The run's folder, the same on every rank, with all that its stages read."""
     when = datetime.fromtimestamp(world.max(time.time()))
     folder = Path("logs") / (hp.run_id or f"{hp.preset}-seed{hp.seed}-{when:%Y%m%d-%H%M%S}")
@@ -3390,7 +3393,8 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
     if hp.stages != "evaluate":
         shards = read_split(hp.data_path, "train")
         check_ids(shards, hp.vocab_size, world)
-        check_tokenizer(table, torch.from_numpy(shards[0][:1_000_000].astype(np.int32)))
+        sample = torch.from_numpy(shards[0][:1_000_000].astype(np.int32))
+        check_tokenizer(validation.table, sample, validation.sidecar)
         check_machine(hp, world)
     return folder
 
@@ -3398,14 +3402,14 @@ def open_run(hp: Hyperparameters, world: World, table: ByteTable) -> Path:
 def begin_run(hp: Hyperparameters, world: World, validation: Validation, cautions: list[str]) -> Run:
     """Folder, log and ledgers; the log begins with all that repeats the run."""
     source = Path(__file__).read_bytes()
-    folder = open_run(hp, world, validation.table)
+    folder = open_run(hp, world, validation)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
     log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}")
     for line in (*cautions, world.hardware()):
         log(line)
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} "
-        f"val_bytes:{validation.bytes}")
+        f"val_bytes:{validation.bytes} counted_by:{('tokenizer', 'sidecar')[validation.sidecar]}")
     path = folder / "result.json"
     with reading(path, "delete it, or choose another RUN_ID"):
         known = parse_json(path.read_bytes()) if path.is_file() else {}

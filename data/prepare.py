@@ -167,12 +167,14 @@ def one_line(text: object) -> str:
 # 2. Shards
 # 256 little-endian int32 words (magic, version, token count, zeros), then the ids as little-endian uint16.
 # A document is BOS and its ids; the stream of a split is cut wherever a shard is full, so a document may
-# straddle two shards. The splits never share one.
+# straddle two shards. The splits never share one. A sidecar has for each token of a validation shard, in the
+# same format, the bytes that it stands for: those of a text before it was transformed.
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SHARD_TOKENS = 100_000_000
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
-SPLITS = ("train", "val")
+SPLITS, SIDECAR = ("train", "val"), "val_bytes"
+SHARD_PATTERN = "fineweb_{}_[0-9]*.bin"  # a sidecar is no shard of validation
 BLOCK_TOKENS = 1 << 22
 
 
@@ -182,8 +184,8 @@ def shard_name(split: str, number: int) -> str:
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
-    """Shards of a split, in order."""
-    return sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    """Shards of a split, or its sidecars, in order."""
+    return sorted(folder.glob(SHARD_PATTERN.format(split)))
 
 
 def shard_header(tokens: int) -> bytes:
@@ -224,6 +226,18 @@ def read_split(folder: Path, split: str, title: str) -> Iterator[np.ndarray]:
         for ids in chain.from_iterable(map(read_tokens, paths)):
             yield ids
             bar.update(len(ids))
+
+
+def check_sidecar(folder: Path) -> None:
+    """Print what validation is charged by its sidecars, if any. Raises PrepareError where sizes differ."""
+    paths = shards_of(folder, SIDECAR)
+    sizes, held = ([*map(shard_tokens, files)] for files in (paths, shards_of(folder, "val")))
+    if paths and sizes != held:
+        problem = f"{paths[0]} and those after it are for {sizes} tokens, the validation shards have {held}"
+        raise PrepareError(f"{problem}; delete both and run the command that made them")
+    if paths:
+        size = sum(int(counts.sum()) for counts in chain.from_iterable(map(read_tokens, paths)))
+        print(f"{SIDECAR} tokens:{sum(sizes)} bytes:{size}, charged in place of the tokenizer's")
 
 
 def documents_of(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -530,7 +544,7 @@ def write_split(folder: Path, split: str, batches: Iterable[Encoded], limit: int
 
     paths = write_shards(folder, split, counted(), limit)
     totals.shards = len(paths)
-    for stale in {*shards_of(folder, split), *folder.glob("*.tmp")} - set(paths):
+    for stale in {*folder.glob(f"fineweb_{split}_*.bin"), *folder.glob("*.tmp")} - set(paths):
         stale.unlink()
     return totals
 
@@ -1221,6 +1235,11 @@ class Repository:
         digest = metadata.etag if re.fullmatch(r"[0-9a-f]{64}", metadata.etag or "") else None
         return item._replace(bytes=metadata.size or 0, sha256=digest)
 
+    def has(self, item: Item) -> bool:
+        """Whether the repository holds this file."""
+        ask = functools.partial(self.hub.file_exists, self.repo, item.remote, repo_type="dataset")
+        return self.attempt(item.remote, ask)
+
     def download(self, item: Item, staging: Path, bar: Any) -> Path:
         """The file in the staging folder, unchecked; `bar` moves by the item's size."""
         counter = self.counter(bar)
@@ -1360,7 +1379,8 @@ def check_space(root: Path, items: list[Item]) -> None:
 
 def fineweb_meta(root: Path, folder: Path, items: list[Item]) -> dict[str, Any]:
     """meta.json of a downloaded dataset, but for its source and files."""
-    shards = {split: [i.local for i in items if i.local.match(f"fineweb_{split}_*.bin")] for split in SPLITS}
+    matching = lambda pattern: [item.local for item in items if item.local.match(pattern)]
+    shards = {split: matching(SHARD_PATTERN.format(split)) for split in SPLITS}
     models = [item.local.relative_to(root).as_posix() for item in items if item.local.suffix == ".model"]
     size = re.search(r"sp(\d+)$", folder.name)
     totals = lambda paths: {"tokens": sum(map(shard_tokens, paths)), "shards": len(paths)}
@@ -1391,6 +1411,10 @@ def build_fineweb(args: argparse.Namespace, folder: Path, made_by: dict[str, Any
     with progress(manifest.bytes, "B", "manifest") as bar:
         manifest_path = repository.download(manifest, staging, bar)
     wanted, published = wanted_files(repository.root, read_json(manifest_path), folder, args.train_shards)
+    names = [shard_name(SIDECAR, number) for number in range(published["val"])]
+    sidecars = [Item(f"{repository.root}datasets/{folder.name}/{name}", folder / name) for name in names]
+    if repository.has(sidecars[0]):
+        wanted = sidecars + wanted  # before the shards, which without them would be charged otherwise
     items = repository.in_threads(repository.look_up, wanted)
     known = whole_files(args.root, load_meta(folder))
     good = repository.in_threads(functools.partial(is_good, known=known), items)
@@ -1402,6 +1426,7 @@ def build_fineweb(args: argparse.Namespace, folder: Path, made_by: dict[str, Any
     with progress(size_of(missing), "B", "downloading") as bar:
         repository.in_threads(lambda item: install(repository.download(item, staging, bar), item), missing)
     install(manifest_path, manifest)
+    check_sidecar(folder)
     meta = fineweb_meta(args.root, folder, items) | {"published": published, "made_by": made_by}
     fetched = dict.fromkeys(item.local for item in missing)
     digests = {item.local: item.sha256 or (known | fetched).get(item.local) for item in items}
@@ -1456,7 +1481,8 @@ def verify_files(folder: Path, meta: dict[str, Any]) -> Iterator[str]:
         names = [path.name for path in shards_of(folder, split)]
         if names != [shard_name(split, number) for number in range(len(names))] or not names:
             yield f"{folder}: {split} shards are missing, found {len(names)}; run the command that made them"
-    for path in sorted({*recorded, *shards_of(folder, "train"), *shards_of(folder, "val")}):
+    lying = chain.from_iterable(shards_of(folder, split) for split in (*SPLITS, SIDECAR))
+    for path in sorted({*recorded, *lying}):
         try:
             tokens = f"tokens:{shard_tokens(path)} " if path.suffix == ".bin" else ""
             digest = sha256_of(path)
@@ -1534,6 +1560,7 @@ def run_verify(args: argparse.Namespace) -> None:
         if meta.get("vocab_size") not in (None, tokenizer.vocab_size()):
             problems.append(f"{path} has other than the {meta['vocab_size']} pieces that {folder} needs")
         if not problems:
+            check_sidecar(folder)
             rule = ByteRule(tokenizer)
             for split in SPLITS:
                 problems += verify_split(folder, split, rule, meta)
@@ -1615,7 +1642,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--val-documents", type=number(1, 10**9), help="or its number of documents, the first ones")
 
     add = command("fineweb", run_fineweb, "download the published FineWeb shards").add_argument
-    add("--variant", default="sp1024", help=f"sp1024, sp4096, sp8192 ({default})")
+    add("--variant", default="sp1024", help=f"sp1024, sp4096, sp8192, or another of the manifest ({default})")
     shards_help = f"training shards (default: {DEFAULT_TRAIN_SHARDS}, or all there are if fewer)"
     add("--train-shards", type=number(1, MOST_SHARDS["train"]), help=shards_help)
     add("--workers", type=number(1, 64), default=8, help=f"downloads at a time ({default})")

@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import re
 import secrets
 import sys
 import textwrap
@@ -426,10 +427,10 @@ def check_positions(case: Case, shards: np.ndarray, whole: Tensor) -> Check:
 # ----------------------------------------------------------------------------------------------------------
 # Bytes, counted by other code
 
-def read_validation(folder: str) -> np.ndarray:
-    """The ids of all validation shards: what follows their headers of 1,024 bytes."""
-    files = sorted(path for path in Path(folder).iterdir() if path.match("fineweb_val_*.bin"))
-    return np.concatenate([np.frombuffer(path.read_bytes()[1024:], "<u2") for path in files]).astype(np.int32)
+def read_validation(folder: str, kind: str = "val") -> np.ndarray:
+    """What all validation shards, or their sidecars, hold behind headers of 1,024 bytes; empty without."""
+    files = sorted(p for p in Path(folder).iterdir() if re.fullmatch(rf"fineweb_{kind}_\d+\.bin", p.name))
+    return np.frombuffer(b"".join(path.read_bytes()[1024:] for path in files), "<u2").astype(np.int32)
 
 
 @dataclass
@@ -476,6 +477,28 @@ def decoded_faults(processor, rule: ByteRule, tokens: np.ndarray,
     return faults[: off > 0], f"{len(pieces):,} documents decode to {total:,} bytes, at most one more each"
 
 
+def charge_faults(case: Case, counted: np.ndarray, source: str) -> list[str]:
+    """Where positions are charged, or the score divides by, other bytes than were counted."""
+    score, faults = case.base.score, []
+    if wrong := int((case.byte_counts.cpu().numpy() != counted).sum()):
+        faults.append(f"{wrong} positions are charged other bytes than {source}")
+    if score is not None and score.bytes != counted.sum():
+        faults.append(f"the score divides by {score.bytes} bytes; there are {counted.sum()}")
+    return faults
+
+
+def check_sidecar(case: Case, sidecar: np.ndarray, processor) -> Check:
+    """The bytes of the score against the file that counts them, whose own truth no decoded text can show."""
+    tokens, counted = case.tokens.cpu().numpy(), sidecar[1: len(case.tokens)]
+    pieces = ByteRule.of(processor).count(tokens[:-1], tokens[1:]).sum()
+    charged = int((counted[tokens[1:] == tg.BOS] > 0).sum())
+    faults = [f"fineweb_val_bytes_*.bin charges {charged} targets that begin a document"][: charged > 0]
+    return verdict("bytes", charge_faults(case, counted, "fineweb_val_bytes_*.bin says") + faults,
+                   f"{counted.sum():,} bytes by fineweb_val_bytes_*.bin, read by other code, position by "
+                   f"position; the pieces of the transformed text have {pieces:,}; that the file is right is "
+                   f"not checked: that takes the original text")
+
+
 def check_bytes(case: Case, processor) -> Check:
     """The bytes of the score against the rule written a second time, and against decoded text."""
     rule, table, tokens = ByteRule.of(processor), tg.ByteTable(processor), case.tokens.cpu().numpy()
@@ -487,10 +510,7 @@ def check_bytes(case: Case, processor) -> Check:
         if wrong := np.flatnonzero(got != rule.count(previous, ids)).tolist():
             faults.append(f"the byte table is wrong for {len(wrong)} tokens, such as "
                           f"{processor.id_to_piece(wrong[0])!r}: {got[wrong[0]]}")
-    if wrong := int((case.byte_counts.cpu().numpy() != counted).sum()):
-        faults.append(f"{wrong} positions are charged other bytes than the rule says")
-    if case.base.score is not None and case.base.score.bytes != counted.sum():
-        faults.append(f"the score divides by {case.base.score.bytes} bytes; there are {counted.sum()}")
+    faults += charge_faults(case, counted, "the rule says")
     case.path.log.begin("bytes of the decoded text")
     more, decoded = decoded_faults(processor, rule, tokens, counted)
     return verdict("bytes", faults + more, f"{counted.sum():,} bytes by a second implementation of the rule, "
@@ -629,10 +649,12 @@ def audit(artifact: Path, places: Mapping[str, str], positions: int | None = Non
     tokens, byte_counts = run.validation.tokens[: count + 1], run.validation.byte_counts[:count]
     path.log.begin(f"the {path.name} score of {count:,} of {whole:,} positions")
     case = Case(path, tokens, byte_counts, path.score(tokens, byte_counts), random.Random(seed), passes)
+    processor = tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+    sidecar = read_validation(hp.data_path, "val_bytes")
     repeat_pass(case)
     return [check_causal(case), check_normalised(case), check_score_before_update(case),
             check_positions(case, read_validation(hp.data_path), run.validation.tokens),
-            check_bytes(case, tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)),
+            check_sidecar(case, sidecar, processor) if len(sidecar) else check_bytes(case, processor),
             check_score(case, result, whole), check_size(run.blob), check_identity(run.blob, result),
             check_clock("training", result, path.name), check_clock("evaluation", result, path.name)]
 

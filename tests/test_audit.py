@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import audit
 import numpy as np
@@ -421,6 +422,60 @@ def test_a_rule_that_is_wrong_twice_is_caught(run, monkeypatch):
     monkeypatch.setattr(audit.ByteRule, "of", misread)
     checks = counts_of(run)
     assert failed(checks) == {"bytes"} and "not those of the decoded text" in checks["bytes"].evidence
+
+
+@pytest.fixture
+def beside(finished, honest):
+    """A case whose bytes a sidecar counts; the sidecar, as the file holds it."""
+    tokens = honest.tokens.numpy()
+    sidecar = np.where(tokens == 1, 0, tokens % 7).astype(np.int32)
+    counts = torch.from_numpy(sidecar[1:])
+    base = SimpleNamespace(score=finished.path.score(honest.tokens, counts).score)
+    return dataclasses.replace(honest, byte_counts=counts, base=base), sidecar
+
+
+def test_bytes_of_a_sidecar_are_recounted_from_the_file(beside, finished, tmp_path):
+    """By a reader that takes no sidecar for a shard and no shard for a sidecar."""
+    case, sidecar = beside
+    for number, (start, end) in enumerate([(0, 300), (300, None)]):
+        write_shard(tmp_path / f"fineweb_val_{number:06d}.bin", case.tokens[start:end])
+        write_shard(tmp_path / f"fineweb_val_bytes_{number:06d}.bin", sidecar[start:end])
+    assert audit.read_validation(str(tmp_path)).tolist() == case.tokens.tolist()
+    found = audit.read_validation(str(tmp_path), "val_bytes")
+    assert found.tolist() == sidecar.tolist()
+    processor = finished.validation.table.processor
+    check = audit.check_sidecar(case, found, processor)
+    assert check.status == "pass" and f"{sidecar[1:].sum():,} bytes by fineweb_val_bytes" in check.evidence
+    table = tg.ByteTable(processor).count(case.tokens[:-1], case.tokens[1:])
+    assert f"the transformed text have {int(table.sum()):,}" in check.evidence
+
+
+@pytest.mark.parametrize("plant", ["one place", "off by one", "document"])
+def test_bytes_other_than_the_sidecar_says_are_caught(beside, finished, plant):
+    case, sidecar = beside
+    processor, word = finished.validation.table.processor, "other bytes than fineweb_val_bytes"
+    if plant == "one place":
+        sidecar = sidecar + (np.arange(len(sidecar)) == 9)
+    elif plant == "off by one":
+        sidecar = np.roll(sidecar, 1)
+    else:
+        first = int(np.flatnonzero(case.tokens[1:].numpy() == 1)[0]) + 1
+        sidecar, word = sidecar + (np.arange(len(sidecar)) == first), "charges 1 targets that begin"
+    check = audit.check_sidecar(case, sidecar, processor)
+    assert check.status == "fail" and word in check.evidence
+
+
+def test_an_audit_takes_the_sidecar_that_lies_beside_the_shards(copy, tmp_path, tiny):
+    data = tmp_path / "data"
+    shutil.copytree(audit.read_result(copy / "artifact.bin")["data_path"], data)
+    tokens = audit.read_validation(str(data))
+    write_shard(data / "fineweb_val_bytes_000000.bin", np.where(tokens == 1, 0, 5))
+    (copy / "result.json").unlink()
+    env = tiny | SMALLER
+    done = audit.audit(copy / "artifact.bin", {"DATA_PATH": str(data)}, SLICE, passes=1, seed=4, env=env)
+    checks = {check.name: check for check in done}
+    assert checks["bytes"].status == checks["each position once"].status == "pass"
+    assert "by fineweb_val_bytes_*.bin" in checks["bytes"].evidence
 
 
 def test_bytes_that_are_not_those_of_the_text_are_caught(tiny):

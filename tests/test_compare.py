@@ -13,6 +13,8 @@ import runs as shared
 from conftest import ROOT
 from scipy import stats
 
+import train_gpt as tg
+
 HARDWARE = "device:8x NVIDIA H100 80GB HBM3 threads:8 python:3.12.3 torch:2.13.0 numpy:2.4.6"
 TOKENS, BYTES = 1000, 2436
 NATS = math.log(2) * BYTES / TOKENS  # in one bit per byte
@@ -288,6 +290,23 @@ def test_run_sh_runs_every_seed_then_compares(run_sh):
         wanted += [f"train {seed} x-seed{seed}", *programs(f"logs/x-seed{seed}")]
     assert calls == [*wanted, "records/compare.py logs/x-seed1337 logs/x-seed42 logs/x-seed7"]
     assert calls[0] == "data/prepare.py sotu --vocab-size 4096"
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("preset", [*tg.PRESETS])
+def test_run_sh_fetches_what_each_preset_reads(run_sh, preset):
+    """The folder and the vocabulary that its settings name; after a small run comes what belongs to it."""
+    calls, done = run_sh(preset, RUN_ID="x")
+    hp = tg.Hyperparameters.from_env({"PRESET": preset})
+    small = "sotu" in hp.data_path
+    wanted = f"sotu --vocab-size {hp.vocab_size}"
+    if not small:
+        wanted = f"fineweb --variant sp{hp.vocab_size} --train-shards 80"
+        assert "about 16 GB to download" in done.stdout
+    assert done.returncode == 0 and calls[0] == f"data/prepare.py {wanted}"
+    assert hp.data_path.endswith(f"_sp{hp.vocab_size}")
+    rest = ["records/summary.py logs/x", "records/report.py logs/x"]
+    assert calls[2:] == (programs("logs/x") if small else rest)
 
 
 @pytest.mark.whole

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import write_shard
+from conftest import result_of, run_here, write_shard
 from reference import reference_bytes
 
 import train_gpt as tg
@@ -127,6 +129,7 @@ def test_a_split_is_its_files_in_order_of_names(tmp_path):
     for i in (10, 2, 0):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [i + 1, i])
     write_shard(tmp_path / "fineweb_val_000001.bin", [9])
+    write_shard(tmp_path / "fineweb_val_bytes_000001.bin", [3])
     (tmp_path / "notes.txt").write_text("x")
     assert [s.tolist() for s in tg.read_split(str(tmp_path), "train")] == [[1, 0], [3, 2], [11, 10]]
     assert [s.tolist() for s in tg.read_split(str(tmp_path), "val")] == [[9]]
@@ -372,18 +375,6 @@ def test_only_one_leading_blank_is_taken_off(sp):
     assert count.tolist() == [6, 5]
 
 
-def test_a_nat_in_bits_per_byte():
-    """Three tokens of four bytes at a loss of ln 2 each are three bits: 0.75 a byte."""
-
-    def of(counts):
-        table = SimpleNamespace(count=lambda previous, target: counts)
-        return tg.TokenStream(shards_of(len(counts) + 1)).bpb_per_nat(table) * math.log(2)
-
-    assert of(torch.tensor([4, 0, 0], dtype=torch.int32)) == pytest.approx(0.75)
-    many = torch.full((1000,), 255, dtype=torch.uint8)  # whose sum is no uint8
-    assert of(many) == pytest.approx(1 / 255)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Validation and tokenizer
 # ----------------------------------------------------------------------------------------------------------
@@ -504,8 +495,8 @@ def test_training_text_of_another_tokenizer_is_caught(corpus, checked, tmp_path)
     )
     with contextlib.chdir(tmp_path):
         with pytest.raises(tg.UserError, match="do not belong together"):
-            tg.open_run(hp, tg.World(hp, {}), table)
-        tg.open_run(dataclasses.replace(hp, stages="evaluate"), tg.World(hp, {}), table)
+            tg.open_run(hp, tg.World(hp, {}), SimpleNamespace(table=table, sidecar=False))
+        tg.open_run(dataclasses.replace(hp, stages="evaluate"), tg.World(hp, {}), None)
 
 
 def test_a_tokenizer_without_a_piece_for_the_blank_is_refused(tmp_path):
@@ -568,9 +559,104 @@ def test_validation_whose_bytes_are_not_those_of_its_text_is_refused(corpus, sp,
         validation_of(corpus, TOKENIZER_PATH=str(path))
 
 
-def test_a_nat_of_the_training_text_in_bits_per_byte(corpus, checked):
-    shards, table = tg.read_split(corpus["DATA_PATH"], "train"), checked[0]
-    text = torch.from_numpy(np.concatenate(shards).astype(np.int64))
-    charged = int(table.count(text[:-1], text[1:]).sum())
-    expected = (len(text) - 1) / charged / math.log(2)
-    assert tg.TokenStream(shards).bpb_per_nat(table) == pytest.approx(expected, rel=1e-12)
+# ----------------------------------------------------------------------------------------------------------
+# Bytes counted by a file beside the shards
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformed(corpus, tmp_path):
+    """The corpus with a sidecar that no table of pieces agrees with; its folder, and the counts."""
+    shutil.copytree(corpus["DATA_PATH"], tmp_path / "data")
+    tokens = tg.read_split(corpus["DATA_PATH"], "val")[0]
+    counts = np.random.default_rng(1).integers(0, 900, len(tokens))
+    counts[0] = 60_000  # of the one token that is nobody's target
+    write_shard(tmp_path / "data/fineweb_val_bytes_000000.bin", counts)
+    return tmp_path / "data", counts
+
+
+def test_a_sidecar_counts_in_place_of_the_table(corpus, checked, transformed):
+    """Each target at its own place; the same shards without it are charged by their pieces."""
+    table, _, tokens = checked
+    folder, counts = transformed
+    found = validation_of(corpus, DATA_PATH=str(folder))
+    assert found.sidecar and torch.equal(found.tokens, tokens) and found.byte_counts.dtype == torch.int32
+    assert found.byte_counts.tolist() == counts[1 : len(tokens)].tolist()
+    (folder / "fineweb_val_bytes_000000.bin").unlink()
+    found = validation_of(corpus, DATA_PATH=str(folder))
+    assert not found.sidecar and torch.equal(found.byte_counts, table.count(tokens[:-1], tokens[1:]))
+
+
+def test_a_sidecar_goes_on_over_shards_that_are_cut(corpus, transformed):
+    folder, counts = transformed
+    text = tg.read_split(str(folder), "val")[0].tolist()
+    for number, (start, end) in enumerate([(0, 1000), (1000, 1003), (1003, None)]):
+        write_shard(folder / f"fineweb_val_{number:06d}.bin", text[start:end])
+        write_shard(folder / f"fineweb_val_bytes_{number:06d}.bin", counts[start:end])
+    found = validation_of(corpus, DATA_PATH=str(folder))
+    assert found.tokens.tolist() == text[: len(found.tokens)]
+    assert found.byte_counts.tolist() == counts[1 : len(found.tokens)].tolist()
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_sidecar_of_other_size_is_refused(corpus, transformed, more):
+    folder, counts = transformed
+    write_shard(folder / "fineweb_val_bytes_000000.bin", np.resize(counts, len(counts) + more))
+    sizes = f"{len(counts) + more} tokens.*hold {len(counts)};"
+    with pytest.raises(tg.UserError, match=rf"data/fineweb_val_bytes_.*{sizes}"):
+        validation_of(corpus, DATA_PATH=str(folder))
+
+
+def test_a_damaged_sidecar_is_named(corpus, transformed):
+    (transformed[0] / "fineweb_val_bytes_000000.bin").write_bytes(b"x" * 2000)
+    with pytest.raises(tg.UserError, match="fineweb_val_bytes_000000.bin is not a token shard"):
+        validation_of(corpus, DATA_PATH=str(transformed[0]))
+
+
+def test_a_sidecar_lifts_the_check_of_the_table_but_not_that_of_the_tokenizer(corpus, checked, tmp_path):
+    """Bytes of transformed text are not those of the original; the ids are the tokenizer's all the same."""
+    table, processor, tokens = checked
+    WRONG["spaces twice"](table)
+    tg.check_tokenizer(table, tokens, sidecar=True)
+    other = trained(tmp_path / "other.model", processor.decode(tokens[1:].tolist())[::-1])
+    with pytest.raises(tg.UserError, match="do not belong together"):
+        tg.check_tokenizer(tg.ByteTable(other), tokens, sidecar=True)
+
+
+def test_training_text_beside_a_sidecar_is_not_held_to_the_table(corpus, transformed):
+    folder, _ = transformed
+    hp = tg.Hyperparameters.from_env(corpus | {"PRESET": "smoke", "DEVICE": "cpu", "DATA_PATH": str(folder)})
+    world = tg.World(hp, {})
+    found = tg.Validation.load(hp, world)
+    WRONG["spaces twice"](found.table)
+    with contextlib.chdir(folder):
+        tg.open_run(hp, world, found)
+        with pytest.raises(tg.UserError, match="bytes counted"):
+            tg.open_run(hp, world, dataclasses.replace(found, sidecar=False))
+
+
+@pytest.mark.whole
+def test_a_run_says_which_counted_and_an_artifact_is_scored_with_a_sidecar(tiny, transformed, capsys):
+    """Its training loss, too, is told in bits per byte of the original text."""
+    folder, counts = transformed
+    small = {"ITERATIONS": "2", "WARMUP_STEPS": "0", "TTT_ENABLED": "0", "SKIP_SLIDING": "1"}
+    env = tiny | small | {"DATA_PATH": str(folder), "RUN_ID": "run", "TRAIN_LOG_EVERY": "1"}
+    assert run_here(folder, env) == 0
+    out = capsys.readouterr().out
+    result = result_of(folder)
+    positions, size = result["val_tokens"], result["val_bytes"]
+    assert size == int(counts[1 : positions + 1].sum()) and f"val_bytes:{size} counted_by:sidecar" in out
+    assert result["bpb"]["roundtrip"] == pytest.approx(
+        result["val_loss"]["roundtrip"] * positions / size / math.log(2), rel=1e-9
+    )
+    told = re.search(r"step:2/2 train_loss:(\S+) train_bpb:(\S+)", out)
+    assert float(told[2]) == pytest.approx(float(told[1]) * positions / size / math.log(2), abs=1e-4)
+
+    scored = {"ARTIFACT": "logs/run/artifact.bin", "STAGES": "evaluate", "RUN_ID": "again"}
+    assert run_here(folder, env | scored) == 0
+    assert result_of(folder, "again")["bpb"]["roundtrip"] == result["bpb"]["roundtrip"]
+    (folder / "fineweb_val_bytes_000000.bin").unlink()
+    capsys.readouterr()
+    assert run_here(folder, env | scored | {"RUN_ID": "pieces"}) == 0
+    assert "counted_by:tokenizer" in capsys.readouterr().out
+    assert result_of(folder, "pieces")["bpb"]["roundtrip"] > 9 * result["bpb"]["roundtrip"]

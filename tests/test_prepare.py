@@ -402,6 +402,7 @@ def test_sotu_interrupted_build_is_not_taken_for_a_whole_one(
     (folder / "fineweb_val_000000.bin").write_bytes(b"")
     (folder / "fineweb_train_000007.bin").write_bytes(b"left by an earlier, longer dataset")
     (folder / "fineweb_train_000000.bin.tmp").write_bytes(b"left by a killed call")
+    (folder / "fineweb_val_bytes_000000.bin").write_bytes(b"of another text")
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "read_back", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert "interrupted" in failure(capsys, *SOTU, tmp_path)
@@ -910,6 +911,23 @@ def test_verify_finds(dataset: Path, capsys: pytest.CaptureFixture, case: str) -
     assert SPOILED[case] in error and error.splitlines()[-1].startswith("error: ")
 
 
+def test_verify_knows_sidecars(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    """They are no tokens, have their shards' sizes, and a sum."""
+    sizes = [len(shard_ids(path)) for path in sorted(dataset.glob("fineweb_val_*.bin"))]
+    sidecars = [dataset / f"fineweb_val_bytes_{number:06d}.bin" for number in range(len(sizes))]
+    for path, size in zip(sidecars, sizes):
+        write_ids(path, [60_000] * size)
+    call("verify", dataset)
+    output = capsys.readouterr().out
+    assert f"val_bytes tokens:{sum(sizes)} bytes:{60_000 * sum(sizes)}," in output
+    assert "val documents:4 " in output
+    assert hashlib.sha256(sidecars[0].read_bytes()).hexdigest() in output
+    write_ids(sidecars[0], [1] * (sizes[0] - 1))
+    assert prepare.main(["verify", str(dataset)]) == 1
+    error = capsys.readouterr().err
+    assert f"fineweb_val_bytes_000000.bin and those after it are for {[sizes[0] - 1, *sizes[1:]]}" in error
+
+
 DAMAGED = {
     "empty": b"", "cut": b"{", "list": b"[1]", "null": b"null", "no UTF-8": b'{"a": "\xff"}',
     "nested": b"[" * 100_000, "long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
@@ -1077,6 +1095,39 @@ def test_fineweb_default_repositories(tmp_path: Path, variant: str, repo: str) -
         line = problem(fineweb(hub, tmp_path, "--variant", variant, MATCHED_FINEWEB_REPO_ID=""))
         assert repo in line and "404" in line
         assert {key for _, key, _ in hub.requests} == {f"{repo}/datasets/manifest.json"}
+
+
+@pytest.mark.whole
+def test_fineweb_sp8192_comes_from_its_own_repository(hub: Hub, tmp_path: Path) -> None:
+    renamed = lambda text: text.replace(REPO, "kevclark/parameter-golf").replace("4096", "8192")
+    manifest = f"{REPO}/datasets/manifest.json"
+    hub.files[manifest] = renamed(hub.files[manifest].decode()).encode()
+    hub.files = {renamed(key): raw for key, raw in hub.files.items()}
+    options = ["--variant", "sp8192", "--train-shards", 1]
+    result = fineweb(hub, tmp_path, *options, MATCHED_FINEWEB_REPO_ID="")
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (tmp_path / "datasets" / "fineweb10B_sp8192").glob("*.bin")}
+    assert names == {"fineweb_train_000000.bin", "fineweb_val_000000.bin"}
+    assert (tmp_path / "tokenizers" / "fineweb_8192_bpe.model").read_bytes() == b"tokenizer 4096 0"
+
+
+@pytest.mark.whole
+def test_fineweb_fetches_sidecars_that_lie_beside_the_shards(hub: Hub, tmp_path: Path) -> None:
+    """Checked as shards are, against their sizes too, and no part of validation's tokens."""
+    name = "fineweb_val_bytes_000000.bin"
+    hub.files[shard_key(name)] = made_up_shard(5, 899)
+    assert f"{name} and those after it are for [899] tokens" in problem(fineweb(hub, tmp_path))
+    hub.files[shard_key(name)] = made_up_shard(5, 900)
+    result = fineweb(hub, tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    assert (folder / name).read_bytes() == hub.files[shard_key(name)]
+    assert f"val_bytes tokens:900 bytes:{sum(shard_ids(folder / name))}," in result.stdout
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["splits"]["val"] == {"tokens": 900, "shards": 1}
+    assert f"datasets/fineweb10B_sp1024/{name}" in meta["files"]
+    (folder / name).unlink()
+    assert "to download: 1 of 6 files" in fineweb(hub, tmp_path).stdout and (folder / name).is_file()
 
 
 @pytest.mark.whole
