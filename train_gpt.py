@@ -98,6 +98,7 @@ NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and t
 
 def setting(scope: str, default, meaning: str, within: str = "[0, 1e9]", choices: tuple = (), off=None):
     """A field with its scope, meaning, interval or choices, and the value that is off."""
+    meaning += f" ({', '.join(choices)})" * bool(choices)
     facts = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
     return field(default=default, metadata=facts)
 
@@ -209,10 +210,17 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
     return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
 
-def conflicts(hp: Hyperparameters) -> list[str]:
-    """A line for every combination of values that no run can use."""
-    stages, layers = hp.stages.split(","), range(hp.num_layers)
-    return [message for broken, message in (
+def problems(hp: Hyperparameters) -> list[str]:
+    """A line for every value out of bounds, else for every combination that no run can use."""
+    found = []
+    for name, f in hp.fields().items():
+        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
+        if choices and value not in choices:
+            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
+        elif isinstance(value, (int, float)) and not _inside(value, within):
+            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
+    stages, layers = {*hp.stages.split(",")}, range(hp.num_layers)
+    return found or [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
@@ -237,21 +245,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8 EMBED_BITS=8"),
         (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
          "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
-        (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
+        (not stages <= {*STAGES}, f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
-
-
-def problems(hp: Hyperparameters) -> list[str]:
-    """A line for every value out of bounds, else for every conflict."""
-    found = []
-    for name, f in hp.fields().items():
-        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
-        if choices and value not in choices:
-            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
-        elif isinstance(value, (int, float)) and not _inside(value, within):
-            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
-    return found or conflicts(hp)
 
 
 @dataclass(frozen=True)
@@ -361,8 +357,7 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains",
-                             choices=("blocks", "control", "all"))
+    ttt_params: str = _score("blocks", "what TTT trains", choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "last blocks that TTT trains")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
@@ -411,9 +406,8 @@ def settings_table() -> str:
     presets = [Hyperparameters(preset=preset, **given) for preset, given in PRESETS.items()]
     rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
-        choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
         values = (show(getattr(hp, name)) for hp in presets)
-        rows.append((name.upper(), *values, f.metadata["meaning"] + choices))
+        rows.append((name.upper(), *values, f.metadata["meaning"]))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
