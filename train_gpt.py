@@ -2783,26 +2783,22 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
 # Nothing in a step waits for the device: loss, clock and stop request travel at the end of the gradient
 # vector, so all ranks read the same, a step late on CUDA, and decide alike.
 
-class Interrupted(Exception):
-    """A stop signal came; what was finished is kept."""
-
-
 @contextlib.contextmanager
 def on_stop(heard: list[str] | None = None) -> Iterator[None]:
-    """Add stop signals to a list, or raise Interrupted; what is ignored (nohup) stays so."""
+    """Add stop signals to a list, or raise KeyboardInterrupt; what is ignored (nohup) stays so."""
     def handler(number, _frame) -> None:
         name = signal.Signals(number).name
         if heard is None:
-            raise Interrupted(f"stopped by {name}; what was finished is kept, STAGES goes on with the rest")
+            raise KeyboardInterrupt(f"stopped by {name}; what was finished is kept, STAGES does the rest")
         heard.append(name)
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-               if signal.getsignal(number) is not signal.SIG_IGN]
-    before = [signal.signal(number, handler) for number in numbers]
+    before = {number: signal.signal(number, handler)
+              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, previous in zip(numbers, before):
+        for number, previous in before.items():
             signal.signal(number, previous)
 
 
@@ -3030,7 +3026,7 @@ Trained = collections.namedtuple("Trained", "weights found")  # the average, and
 
 
 def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train the model and export its average. Raises Interrupted after a stop signal."""
+    """Train the model and export its average. Raises KeyboardInterrupt after a stop signal."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
@@ -3112,8 +3108,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
         if world.max(float(len(stops))):  # also one that came in the last step
             checkpoint.save(step, tries=60)
-            raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
-                              f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
+            raise KeyboardInterrupt(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
+                                    f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
     model.looping = hp.num_loops > 0
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
@@ -3478,7 +3474,7 @@ def main() -> int:
         status = 1
         if world is not None or rank == 0:
             say(f"error: {error}", "stderr")
-    except Interrupted as stop:
+    except KeyboardInterrupt as stop:
         status = 143
         say(str(stop), "stderr")
     except Exception:

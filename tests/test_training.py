@@ -782,7 +782,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on(tmp_path, env, reference, last
         if step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(tg.Interrupted, match=f"after step {stops}; .* step {stops}; RUN_ID=run RESUME=1"):
+    with pytest.raises(KeyboardInterrupt, match=f"after step {stops}; .* step {stops}; RUN_ID=run RESUME=1"):
         run(tmp_path, env, done=done, after=after)
     assert kept(tmp_path)["step"] == max(losses(tmp_path)) == stops
     assert not (tmp_path / "logs/run/model.pt").exists()
