@@ -777,19 +777,6 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
 # Lines and metrics of rank 0, the training clock, ledgers of the challenge's two budgets, and the `Run`
 # that carries them.
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def parse_json(data: bytes) -> dict:
     """A JSON object in UTF-8, finite and with unique keys; else ValueError."""
     def unique(pairs: list) -> dict:
@@ -938,14 +925,20 @@ class Run:
 
     def write(self, name: str, data: bytes, tries: int = 60) -> None:
         """Rank 0's file, there whole or not at all; room on a full disk is waited for."""
-        path = self.folder / name
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         for left in reversed(range(tries * (self.world.rank == 0))):
             try:
-                return write_atomically(path, data)
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return os.replace(temporary, path)
             except OSError as error:
                 fault = f"{path} cannot be written: {error.strerror}"
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not left:
                     raise UserError(fault) from None
+            finally:
+                temporary.unlink(missing_ok=True)
             if left == tries - 1:
                 self.log(f"{fault}; free {len(data)} bytes within {10 * left}s")
             time.sleep(10)

@@ -251,14 +251,14 @@ def test_a_write_that_fails_for_good_names_its_file_and_leaves_nothing(tmp_path,
 
 @pytest.mark.whole
 def test_a_checkpoint_that_finds_no_room_ends_no_training(tiny, tmp_path, monkeypatch):
-    write = tg.write_atomically
+    replace = os.replace
 
-    def full(path, data):
+    def full(temporary, path):
         if path.name == "checkpoint.pt":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data)
+        replace(temporary, path)
 
-    monkeypatch.setattr(tg, "write_atomically", full)
+    monkeypatch.setattr(os, "replace", full)
     code, out, errors = told(tmp_path, tiny | {"STAGES": "train", "CHECKPOINT_EVERY": "10"})
     assert code == 0 and errors == "" and out.count("no checkpoint of step") == 2
     assert (tmp_path / "logs/run/model.pt").is_file()
