@@ -585,9 +585,6 @@ class World:
         return (f"device:{self.size}x {name} threads:{torch.get_num_threads()} "
                 f"python:{platform.python_version()} {key_values(versions)}")
 
-    def close(self) -> None:
-        dist.destroy_process_group()
-
 
 def both_ways(function: Callable, *given: Tensor) -> list[Tensor]:
     """What a function returns, and its gradients; the last of what is given comes back to the output."""
@@ -3015,11 +3012,8 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
     return proofs
 
 
-Trained = collections.namedtuple("Trained", "weights found")  # the average, and findings for result.json
-
-
-def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train the model and export its average. Raises KeyboardInterrupt after a stop signal."""
+def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> tuple[dict, dict]:
+    """The average of the weights, and findings; KeyboardInterrupt after a stop signal."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
@@ -3113,10 +3107,10 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     with run.training.phase("average and proofs"):
         proofs = export_average(run, model, stepper, ema, swa)
         weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
-    return Trained(weights, {
+    return weights, {
         "params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
         "step_ms": step_ms, "tokens_seen": tokens, "compiled": stepper.compiling, "peak_memory": memory,
-        "reserve_seconds": reserve, "proofs": proofs})
+        "reserve_seconds": reserve, "proofs": proofs}
 
 
 # ----------------------------------------------------------
@@ -3259,14 +3253,14 @@ def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
     hp, stream = run.hp, TokenStream(read_split(run.hp.data_path, "train"))
     run.log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
     model = GPT(hp).to(run.world.device).use(run.attend)
-    trained = train(run, model, stream, validation)
+    weights, trained = train(run, model, stream, validation)
     with run.training.phase("save", counted=False):
-        run.write("model.pt", saved(trained.weights))
-        run.record(trained.found)
+        run.write("model.pt", saved(weights))
+        run.record(trained)
     with run.training.phase("float", counted=False):
         found = score_split(run, model, validation, hp.eval_seq_len, "float")
     record_score(run, "float", found)
-    return trained.weights
+    return weights
 
 
 def compress(run: Run, weights: dict[str, Tensor] | None) -> None:
@@ -3443,7 +3437,7 @@ def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[st
 
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
-    world, status, env, rank = None, 0, os.environ, 0
+    status, told, rank, env = 0, "", 0, os.environ
     if sys.argv[1:] in (["--help"], ["-h"]):
         say(f"{__doc__}\n{settings_table()}")
         return 0
@@ -3458,25 +3452,25 @@ def main() -> int:
         with on_stop():
             rank, *_ = launched_as(env)
             hp, facts = settings_of(env)
-            world = World(hp, env, meet(env, facts))
+            store = meet(env, facts)
+            rank = 0  # what all ranks find was said by one; the rest is a rank's own
+            world = World(hp, env, store)
             ignored = [f"ignored:{name}" for name in IGNORED_NAMES if name in env]
             threads = (os.cpu_count() or 1) // int(env.get("LOCAL_WORLD_SIZE", world.size))
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 1)))
             run_stages(hp, world, [*doubtful_names(env, hp.fields())[1], *ignored])
     except (UserError, OSError) as error:
-        status = 1
-        if world is not None or rank == 0:
-            say(f"error: {error}", "stderr")
+        status, told = 1, f"error: {error}" * (rank == 0)
     except KeyboardInterrupt as stop:
-        status = 143
-        say(str(stop), "stderr")
+        status, told = 143, stop
     except Exception:
-        status = 1
-        say(traceback.format_exc(), "stderr")
+        status, told = 1, traceback.format_exc()
+    if told:
+        say(told, "stderr")
     if dist.is_initialized():
         if status:  # other ranks may wait in a collective, and leaving the group would wait for them
             os._exit(status)
-        world.close()
+        dist.destroy_process_group()
     return status
 
 

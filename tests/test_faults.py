@@ -133,6 +133,18 @@ def test_two_ranks_with_other_rates_end_before_anything(tiny, tmp_path):
     ]
 
 
+def test_a_rank_says_what_it_alone_finds_and_leaves_the_rest_to_rank_zero(tiny, tmp_path, monkeypatch):
+    def fails(*given):
+        raise tg.UserError("three processes want a CUDA device")
+
+    env = tiny | ranks_environment(1, 2, 1)
+    monkeypatch.setattr(tg, "meet", fails)
+    assert told(tmp_path, env) == (1, "", "")
+    monkeypatch.setattr(tg, "meet", lambda *given: None)
+    monkeypatch.setattr(tg, "World", fails)
+    assert told(tmp_path, env) == (1, "", "error: three processes want a CUDA device\n")
+
+
 @pytest.mark.parametrize("changes", [
     {"model_dim": 65536, "num_heads": 64, "num_kv_heads": 64}, {"bigram_vocab_size": 10**9},
     {"num_layers": 1000, "model_dim": 16384}, {"train_seq_len": 10**9, "train_batch_tokens": 10**9},
