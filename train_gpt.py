@@ -33,7 +33,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -184,11 +183,6 @@ def _parse(text: str, like: object) -> object:
     return type(like)(text)
 
 
-def _inside(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or value == low and "[" in interval or value == high and "]" in interval
-
-
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
     """Unknown names meant as settings: errors, and cautions for common words."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
@@ -215,9 +209,10 @@ def problems(hp: Hyperparameters) -> list[str]:
     found = []
     for name, f in hp.fields().items():
         value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
+        low, high = map(float, within[1:-1].split(","))
         if choices and value not in choices:
             found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
-        elif isinstance(value, (int, float)) and not _inside(value, within):
+        elif isinstance(value, (int, float)) and not (low <= value < high or value == high and "]" in within):
             found.append(f"{name.upper()}={brief(value)} must lie in {within}")
     stages, layers = {*hp.stages.split(",")}, range(hp.num_layers)
     return found or [message for broken, message in (
@@ -261,8 +256,7 @@ class Hyperparameters:
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
-    attention: str = _run("auto", "attention kernel",
-                          choices=("auto", "fa3", "varlen", "flash", "cudnn", "efficient", "sdpa"))
+    attention: str = _run("auto", "its kernel", choices=("auto", "fa3", "varlen", "flash", "cudnn", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
     val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
@@ -281,8 +275,8 @@ class Hyperparameters:
     logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
     xsa_last_n: int = _model(11, "last layers with XSA", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
-    smear_gate: str = _model("vector", "mix each embedding with the previous one, by a share per channel or "
-                             "by one per token", choices=("0", "vector", "token"), off="0")
+    smear_gate: str = _model("vector", "mix each embedding with the previous one, by channel or by token",
+                             choices=("0", "vector", "token"), off="0")
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
     document_mask: bool = _model(False, "attention stays inside documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
@@ -583,7 +577,7 @@ class World:
             torch.cpu.get_capabilities().get("cpu_name", "CPU")
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
         return (f"device:{self.size}x {name} threads:{torch.get_num_threads()} "
-                f"python:{platform.python_version()} {key_values(versions)}")
+                f"python:{sys.version.split()[0]} {key_values(versions)}")
 
 
 def both_ways(function: Callable, *given: Tensor) -> list[Tensor]:
@@ -679,7 +673,6 @@ KERNELS = {  # of CUDA's attention: what makes them for segments of a length; th
     "varlen": varlen_attention,
     "flash": lambda longest: by_operator(longest, "flash", 0.0, True),
     "cudnn": lambda longest: by_operator(longest, "cudnn", None, True, 0.0, True),
-    "efficient": lambda longest: by_operator(longest, "efficient", None, True, 0.0, True),
     "sdpa": lambda longest: by_padding(sdpa_attention, longest),
 }
 MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.005 off
@@ -688,10 +681,9 @@ MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
     """Milliseconds of 16,384 tokens in a layer, both ways; else ArithmeticError."""
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
-    draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
+    H, G, draw = hp.num_heads, hp.num_kv_heads, torch.Generator(world.device).manual_seed(0)
     for T in (hp.eval_seq_len, hp.train_seq_len):
-        shapes = [(max(16384 // T, 1), T, heads, width)
-                  for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
+        shapes = [(max(16384 // T, 1), T, heads, hp.model_dim // H) for heads in (H, G, G, H)]
         drawn = (torch.randn(shape, generator=draw, device=world.device) for shape in shapes)
         given = [each.to(world.dtype) for each in drawn]
         n = len(given[0]) * T
