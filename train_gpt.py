@@ -2866,10 +2866,8 @@ class Telemetry:
 
 class StepLog:
     """A finished step's metric and line."""
-    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float,
-                 ahead: Callable[[float], str]):
-        self.hp, self.log, self.clock, self.ahead = run.hp, run.log, clock, ahead
-        self.bpb_per_nat = bpb_per_nat
+    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float):
+        self.hp, self.log, self.clock, self.bpb_per_nat = run.hp, run.log, clock, bpb_per_nat
         self.first_step, self.first_second = first_step, clock.elapsed
         rate = run.world.matrix_rate() * run.world.size
         self.ideal = flops / rate  # seconds of a step at the devices' own matrix rate
@@ -2887,8 +2885,6 @@ class StepLog:
             f"step:{step}/{hp.iterations} train_loss:{loss:.4f} train_bpb:{loss * self.bpb_per_nat:.4f} "
             f"left:{left:.0f}s tokens/s:{hp.train_batch_tokens / pace:.0f} step_avg:{1000 * pace:.1f}ms "
             f"mfu:{100 * self.ideal / pace:.1f}% lr_scale:{scale:.4f} time:{seconds:.1f}s")
-        if step == self.first_step + 10:
-            self.log(self.ahead(pace))
 
 
 class Checkpoint:
@@ -2976,15 +2972,15 @@ def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -
 def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -> dict:
     """Put the average in place of the weights; returns the proofs of training."""
     hp, flat, qat, chosen = run.hp, stepper.flat, stepper.qat, run.hp.averaging
-    raw = flat.weights.clone()
+    raw, distance_raw = flat.weights.clone(), qat.distance()
     if chosen == "swa" and not swa.count:
         run.log("averaging: SWA has no snapshot (SWA_EVERY, SWA_THRESHOLD), the raw weights are exported")
         chosen = "none"
     average = {"ema": ema.average, "swa": swa.average, "none": raw}[chosen]
-    flat.weights.copy_(average)
     distance = ((average - raw).norm() / raw.norm()).item()
     proofs = {"averaging": {"distance_from_raw": distance, "exported": chosen, "swa_snapshots": swa.count},
               "qat": None}
+    flat.weights.copy_(average)
     if qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -2993,11 +2989,9 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
             proofs["qat"] = proof = {
                 "first_step": qat.started_at + 1, "multiplier": qat.multiplier,
                 "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
-                "loss": model(*text).item()}
+                "distance_raw": distance_raw, "loss": model(*text).item()}
             qat.quantize(0.0, hard_quantize)
             proof["loss_rounded"] = model(*text).item()
-        flat.weights.copy_(raw)
-        proof["distance_raw"] = qat.distance()
         flat.weights.copy_(average)
     for technique, proof in proofs.items():
         run.log.proof(technique, proof)
@@ -3032,13 +3026,14 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         step = checkpoint.load()
         log(f"resumed step:{step} elapsed:{clock.elapsed:.1f}s")
     telemetry = Telemetry(world, clock)
-    ahead = partial(forecast, run, len(validation.byte_counts), reserve)
-    step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops, ahead)
+    step_log = StepLog(run, clock, step, stream.bpb_per_nat(validation.table), flops)
     stops, remedy = [], "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
     def follow(lag) -> None:
         for done, scale, loss in telemetry.read(lag):
             step_log(done, scale, loss)
+            if done == step_log.first_step + 10:
+                log(forecast(run, len(validation.byte_counts), reserve, step_log.pace(done)))
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
 
@@ -3060,9 +3055,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                 log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
                     f"asked:{hp.warmdown_iters}")
             if hp.val_loss_every and step and step % hp.val_loss_every == 0:
-                world.synchronize()
-                clock.stop()
                 with run.training.phase("validation", counted=False):
+                    clock.stop()
                     found = score_split(run, model, validation, hp.eval_seq_len, "validation",
                                         stepper.score_fn)
                 log(f"step:{step}/{hp.iterations} {found} time:{clock.elapsed:.1f}s")
@@ -3205,22 +3199,19 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
             progress(end, total.val_bpb, f" steps:{trainer.steps}")
         elapsed = time.perf_counter() - start
         log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=elapsed)
-        if chunk + 1 == chunks:
-            break
+        if chunk + 1 == chunks or untrained_from is not None:
+            continue
         done, seconds_of_them = map(sum, zip(*scoring[1:]))
         per_window = seconds_of_them / max(done, 1)
         # a pass over a chunk takes three times what scoring its sequences does
         one_more = max(training, default=3 * hp.ttt_epochs * size / hp.eval_seq_len * per_window)
         ahead = (len(windows) - done - scoring[0][0]) * per_window + one_more
-        finish = world.max(elapsed + 1.1 * ahead)
-        if untrained_from is None and finish > seconds:
+        if world.max(elapsed + 1.1 * ahead) > seconds:
             untrained_from = chunk
             log(f"ttt training stops after chunk {chunk} of {chunks}, to end before {seconds:.0f}s")
-        if untrained_from is None:
-            began = time.perf_counter()
-            trainer.train(tokens, chunk * size, end, chunk, chunks)
-            world.synchronize()
-            training.append(time.perf_counter() - began)
+        else:
+            lesson = partial(trainer.train, tokens, chunk * size, end, chunk, chunks)
+            training.append(world.seconds(lesson))
     if total.positions != positions:
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
     return total, {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
