@@ -33,7 +33,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -98,6 +97,7 @@ NUMERALS = frozenset("0123456789+-.eE")  # int() also takes 1_000, blanks, and t
 
 def setting(scope: str, default, meaning: str, within: str = "[0, 1e9]", choices: tuple = (), off=None):
     """A field with its scope, meaning, interval or choices, and the value that is off."""
+    meaning += f" ({', '.join(choices)})" * bool(choices)
     facts = dict(scope=scope, meaning=meaning, within=within, choices=choices, off=off)
     return field(default=default, metadata=facts)
 
@@ -184,11 +184,6 @@ def _parse(text: str, like: object) -> object:
     return type(like)(text)
 
 
-def _inside(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or value == low and "[" in interval or value == high and "]" in interval
-
-
 def doubtful_names(env: Iterable[str], settings: Iterable[str]) -> tuple[list[str], list[str]]:
     """Unknown names meant as settings: errors, and cautions for common words."""
     errors, cautions, known = [], [], {*map(str.upper, settings), *SPELLINGS, *FIXED, *IGNORED_NAMES}
@@ -210,10 +205,18 @@ def read_setting(name: str, text: str, fields: Mapping[str, dataclasses.Field]) 
     return (key, _parse(text, fields[key].default)) if text and key in fields else None
 
 
-def conflicts(hp: Hyperparameters) -> list[str]:
-    """A line for every combination of values that no run can use."""
-    stages, layers = hp.stages.split(","), range(hp.num_layers)
-    return [message for broken, message in (
+def problems(hp: Hyperparameters) -> list[str]:
+    """A line for every value out of bounds, else for every combination that no run can use."""
+    found = []
+    for name, f in hp.fields().items():
+        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
+        low, high = map(float, within[1:-1].split(","))
+        if choices and value not in choices:
+            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
+        elif isinstance(value, (int, float)) and not (low <= value < high or value == high and "]" in within):
+            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
+    stages, layers = {*hp.stages.split(",")}, range(hp.num_layers)
+    return found or [message for broken, message in (
         (hp.model_dim % hp.num_heads, "MODEL_DIM must be a multiple of NUM_HEADS"),
         (hp.num_heads % hp.num_kv_heads, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
         (hp.rope_dims % 2 or hp.rope_dims * hp.num_heads > hp.model_dim or hp.rope_dims == 2,
@@ -240,21 +243,9 @@ def conflicts(hp: Hyperparameters) -> list[str]:
          "STEP_RULE=water sets codes by rate, up to 127: set ATTN_BITS=8 MLP_BITS=8 EMBED_BITS=8"),
         (not re.fullmatch(r"(\w[\w.+=,@-]{0,199})?", hp.run_id, re.ASCII),
          "RUN_ID must name a folder under logs/: letters, digits, and . _ - + = , @ within"),
-        (not set(stages) <= set(STAGES), f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
+        (not stages <= {*STAGES}, f"STAGES={brief(hp.stages)}: use some of {','.join(STAGES)}"),
         (hp.artifact and hp.stages != "evaluate", "ARTIFACT is for STAGES=evaluate"),
     ) if broken]
-
-
-def problems(hp: Hyperparameters) -> list[str]:
-    """A line for every value out of bounds, else for every conflict."""
-    found = []
-    for name, f in hp.fields().items():
-        value, choices, within = getattr(hp, name), f.metadata["choices"], f.metadata["within"]
-        if choices and value not in choices:
-            found.append(f"{name.upper()}={brief(value)} is unknown; choose one of {', '.join(choices)}")
-        elif isinstance(value, (int, float)) and not _inside(value, within):
-            found.append(f"{name.upper()}={brief(value)} must lie in {within}")
-    return found or conflicts(hp)
 
 
 @dataclass(frozen=True)
@@ -268,8 +259,7 @@ class Hyperparameters:
     device: str = _run("auto", "where it runs", choices=("auto", "cuda", "cpu"))
     dtype: str = _run("auto", "of the matrix products", choices=("auto", "bf16", "fp32"))
     compile: str = _run("auto", "torch.compile", choices=("auto", "0", "1"))
-    attention: str = _run("auto", "attention kernel",
-                          choices=("auto", "fa3", "varlen", "flash", "cudnn", "efficient", "sdpa"))
+    attention: str = _run("auto", "its kernel", choices=("auto", "fa3", "varlen", "flash", "cudnn", "sdpa"))
     train_log_every: int = _run(500, "steps between log lines", COUNT)
     val_loss_every: int = _run(4000, "steps between validations (0: none)")
     checkpoint_every: int = _run(0, "steps between checkpoints (0: only on SIGTERM)")
@@ -288,8 +278,8 @@ class Hyperparameters:
     logit_softcap: float = _model(30.0, "bound of the logits, by tanh", "[1e-3, 1e6]")
     xsa_last_n: int = _model(11, "last layers with XSA", off=0)
     ln_scale: bool = _model(True, "divide normed inputs by sqrt(layer + 1)", off=False)
-    smear_gate: str = _model("vector", "mix each embedding with the previous one, by a share per channel or "
-                             "by one per token", choices=("0", "vector", "token"), off="0")
+    smear_gate: str = _model("vector", "mix each embedding with the previous one, by channel or by token",
+                             choices=("0", "vector", "token"), off="0")
     smear_reset_at_bos: bool = _model(False, "but not across documents", off=False)
     document_mask: bool = _model(False, "attention stays inside documents", off=False)
     bigram_vocab_size: int = _model(8192, "buckets of the bigram hash (0: off)", off=0)
@@ -365,8 +355,7 @@ class Hyperparameters:
     ttt_epochs: int = _score(3, "passes over a scored chunk", COUNT)
     ttt_chunk_tokens: int = _score(131072, "positions scored before they are trained on", COUNT)
     ttt_batch_seqs: int = _score(64, "sequences per TTT step over all ranks", COUNT)
-    ttt_params: str = _score("blocks", "what TTT trains",
-                             choices=("blocks", "control", "all"))
+    ttt_params: str = _score("blocks", "what TTT trains", choices=("blocks", "control", "all"))
     ttt_freeze_blocks: int = _score(2, "last blocks that TTT trains")
     ttt_schedule: str = _score("run", "span of the cosine", choices=("run", "chunk", "constant"))
     ttt_temperature: float = _score(0.98, "temperature at zero entropy (1: off)", off=1.0)
@@ -415,9 +404,8 @@ def settings_table() -> str:
     presets = [Hyperparameters(preset=preset, **given) for preset, given in PRESETS.items()]
     rows = [("name", *PRESETS, "meaning"), ("---",) * (len(PRESETS) + 2)]
     for name, f in Hyperparameters.fields().items():
-        choices = f" ({', '.join(f.metadata['choices'])})" * bool(f.metadata["choices"])
         values = (show(getattr(hp, name)) for hp in presets)
-        rows.append((name.upper(), *values, f.metadata["meaning"] + choices))
+        rows.append((name.upper(), *values, f.metadata["meaning"]))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
@@ -593,10 +581,7 @@ class World:
             torch.cpu.get_capabilities().get("cpu_name", "CPU")
         versions = {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
         return (f"device:{self.size}x {name} threads:{torch.get_num_threads()} "
-                f"python:{platform.python_version()} {key_values(versions)}")
-
-    def close(self) -> None:
-        dist.destroy_process_group()
+                f"python:{sys.version.split()[0]} {key_values(versions)}")
 
 
 def both_ways(function: Callable, *given: Tensor) -> list[Tensor]:
@@ -692,7 +677,6 @@ KERNELS = {  # of CUDA's attention: what makes them for segments of a length; th
     "varlen": varlen_attention,
     "flash": lambda longest: by_operator(longest, "flash", 0.0, True),
     "cudnn": lambda longest: by_operator(longest, "cudnn", None, True, 0.0, True),
-    "efficient": lambda longest: by_operator(longest, "efficient", None, True, 0.0, True),
     "sdpa": lambda longest: by_padding(sdpa_attention, longest),
 }
 MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.005 off
@@ -701,10 +685,9 @@ MOST_OFF = 0.02  # of outputs and gradients against float32, in norm; bf16 is 0.
 def try_attention(attend: Callable, hp: Hyperparameters, world: World, compiling: bool) -> float:
     """Milliseconds of 16,384 tokens in a layer, both ways; else ArithmeticError."""
     attend = torch.compile(attend, fullgraph=True, dynamic=False) if compiling else attend
-    draw, width = torch.Generator(world.device).manual_seed(0), hp.model_dim // hp.num_heads
+    H, G, draw = hp.num_heads, hp.num_kv_heads, torch.Generator(world.device).manual_seed(0)
     for T in (hp.eval_seq_len, hp.train_seq_len):
-        shapes = [(max(16384 // T, 1), T, heads, width)
-                  for heads in (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)]
+        shapes = [(max(16384 // T, 1), T, heads, hp.model_dim // H) for heads in (H, G, G, H)]
         drawn = (torch.randn(shape, generator=draw, device=world.device) for shape in shapes)
         given = [each.to(world.dtype) for each in drawn]
         n = len(given[0]) * T
@@ -786,19 +769,6 @@ def scoring_batch_tokens(hp: Hyperparameters, world: World, chunk: float = math.
 # 3 Run log
 # Lines and metrics of rank 0, the training clock, ledgers of the challenge's two budgets, and the `Run`
 # that carries them.
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 def parse_json(data: bytes) -> dict:
     """A JSON object in UTF-8, finite and with unique keys; else ValueError."""
@@ -948,14 +918,20 @@ class Run:
 
     def write(self, name: str, data: bytes, tries: int = 60) -> None:
         """Rank 0's file, there whole or not at all; room on a full disk is waited for."""
-        path = self.folder / name
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         for left in reversed(range(tries * (self.world.rank == 0))):
             try:
-                return write_atomically(path, data)
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return os.replace(temporary, path)
             except OSError as error:
                 fault = f"{path} cannot be written: {error.strerror}"
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not left:
                     raise UserError(fault) from None
+            finally:
+                temporary.unlink(missing_ok=True)
             if left == tries - 1:
                 self.log(f"{fault}; free {len(data)} bytes within {10 * left}s")
             time.sleep(10)
@@ -2803,26 +2779,22 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
 # Nothing in a step waits for the device: loss, clock and stop request travel at the end of the gradient
 # vector, so all ranks read the same, a step late on CUDA, and decide alike.
 
-class Interrupted(Exception):
-    """A stop signal came; what was finished is kept."""
-
-
 @contextlib.contextmanager
 def on_stop(heard: list[str] | None = None) -> Iterator[None]:
-    """Add stop signals to a list, or raise Interrupted; what is ignored (nohup) stays so."""
+    """Add stop signals to a list, or raise KeyboardInterrupt; what is ignored (nohup) stays so."""
     def handler(number, _frame) -> None:
         name = signal.Signals(number).name
         if heard is None:
-            raise Interrupted(f"stopped by {name}; what was finished is kept, STAGES goes on with the rest")
+            raise KeyboardInterrupt(f"stopped by {name}; what was finished is kept, STAGES does the rest")
         heard.append(name)
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-               if signal.getsignal(number) is not signal.SIG_IGN]
-    before = [signal.signal(number, handler) for number in numbers]
+    before = {number: signal.signal(number, handler)
+              for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, previous in zip(numbers, before):
+        for number, previous in before.items():
             signal.signal(number, previous)
 
 
@@ -2908,10 +2880,8 @@ class Telemetry:
 
 class StepLog:
     """A finished step's metric and line."""
-    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float,
-                 ahead: Callable[[float], str]):
-        self.hp, self.log, self.clock, self.ahead = run.hp, run.log, clock, ahead
-        self.bpb_per_nat = bpb_per_nat
+    def __init__(self, run: Run, clock: Clock, first_step: int, bpb_per_nat: float, flops: float):
+        self.hp, self.log, self.clock, self.bpb_per_nat = run.hp, run.log, clock, bpb_per_nat
         self.first_step, self.first_second = first_step, clock.elapsed
         rate = run.world.matrix_rate() * run.world.size
         self.ideal = flops / rate  # seconds of a step at the devices' own matrix rate
@@ -2929,8 +2899,6 @@ class StepLog:
             f"step:{step}/{hp.iterations} train_loss:{loss:.4f} train_bpb:{loss * self.bpb_per_nat:.4f} "
             f"left:{left:.0f}s tokens/s:{hp.train_batch_tokens / pace:.0f} step_avg:{1000 * pace:.1f}ms "
             f"mfu:{100 * self.ideal / pace:.1f}% lr_scale:{scale:.4f} time:{seconds:.1f}s")
-        if step == self.first_step + 10:
-            self.log(self.ahead(pace))
 
 
 class Checkpoint:
@@ -3018,15 +2986,15 @@ def begin_qat(run: Run, model: GPT, stepper: Stepper, step: int, scale: float) -
 def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -> dict:
     """Put the average in place of the weights; returns the proofs of training."""
     hp, flat, qat, chosen = run.hp, stepper.flat, stepper.qat, run.hp.averaging
-    raw = flat.weights.clone()
+    raw, distance_raw = flat.weights.clone(), qat.distance()
     if chosen == "swa" and not swa.count:
         run.log("averaging: SWA has no snapshot (SWA_EVERY, SWA_THRESHOLD), the raw weights are exported")
         chosen = "none"
     average = {"ema": ema.average, "swa": swa.average, "none": raw}[chosen]
-    flat.weights.copy_(average)
     distance = ((average - raw).norm() / raw.norm()).item()
     proofs = {"averaging": {"distance_from_raw": distance, "exported": chosen, "swa_snapshots": swa.count},
               "qat": None}
+    flat.weights.copy_(average)
     if qat.on:
         rows = torch.from_numpy(stepper.stream.sample(8, hp.train_seq_len + 1, hp.seed)).to(run.world.device)
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -3035,22 +3003,17 @@ def export_average(run: Run, model: GPT, stepper: Stepper, ema: EMA, swa: SWA) -
             proofs["qat"] = proof = {
                 "first_step": qat.started_at + 1, "multiplier": qat.multiplier,
                 "distance_before": qat.distance_before, "distance_averaged": qat.distance(),
-                "loss": model(*text).item()}
+                "distance_raw": distance_raw, "loss": model(*text).item()}
             qat.quantize(0.0, hard_quantize)
             proof["loss_rounded"] = model(*text).item()
-        flat.weights.copy_(raw)
-        proof["distance_raw"] = qat.distance()
         flat.weights.copy_(average)
     for technique, proof in proofs.items():
         run.log.proof(technique, proof)
     return proofs
 
 
-Trained = collections.namedtuple("Trained", "weights found")  # the average, and findings for result.json
-
-
-def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> Trained:
-    """Train the model and export its average. Raises Interrupted after a stop signal."""
+def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> tuple[dict, dict]:
+    """The average of the weights, and findings; KeyboardInterrupt after a stop signal."""
     hp, world, log, lag = run.hp, run.world, run.log, run.world.tuning.lag
     # 1. what a step needs; graphs and allocators are warm before the clock starts
     flops = flops_per_token(model, hp.train_seq_len) * hp.train_batch_tokens
@@ -3079,12 +3042,14 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     telemetry = Telemetry(world, clock)
     positions = len(validation.byte_counts)
     bpb_per_nat = Score(positions, positions, validation.bytes).val_bpb  # of validation's bytes per token
-    step_log = StepLog(run, clock, step, bpb_per_nat, flops, partial(forecast, run, positions, reserve))
+    step_log = StepLog(run, clock, step, bpb_per_nat, flops)
     stops, remedy = [], "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
     def follow(lag) -> None:
         for done, scale, loss in telemetry.read(lag):
             step_log(done, scale, loss)
+            if done == step_log.first_step + 10:
+                log(forecast(run, len(validation.byte_counts), reserve, step_log.pace(done)))
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
 
@@ -3106,9 +3071,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
                 log(f"warmdown step:{step + 1}/{progress.total:.0f} steps:{warmdown_steps(hp, progress):.0f} "
                     f"asked:{hp.warmdown_frac or hp.warmdown_iters}")
             if hp.val_loss_every and step and step % hp.val_loss_every == 0:
-                world.synchronize()
-                clock.stop()
                 with run.training.phase("validation", counted=False):
+                    clock.stop()
                     found = score_split(run, model, validation, hp.eval_seq_len, "validation",
                                         stepper.score_fn)
                 log(f"step:{step}/{hp.iterations} {found} time:{clock.elapsed:.1f}s")
@@ -3136,8 +3100,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
             raise UserError(f"the weights are not finite after step {step}; {remedy}; {checkpoint}")
         if world.max(float(len(stops))):  # also one that came in the last step
             checkpoint.save(step, tries=60)
-            raise Interrupted(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
-                              f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
+            raise KeyboardInterrupt(f"stopped by {', '.join(stops) or 'another rank'} after step {step}; "
+                                    f"{checkpoint}; RUN_ID={run.folder.name} RESUME=1 goes on")
     model.looping = hp.num_loops > 0
     # 5. the average that is exported, and what is known of the training
     seconds, step_ms, memory = world.max(clock.elapsed), 1000 * step_log.pace(step), world.peak_memory()
@@ -3148,10 +3112,10 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     with run.training.phase("average and proofs"):
         proofs = export_average(run, model, stepper, ema, swa)
         weights = {name: weight.cpu().clone() for name, weight in flat.state_dict().items()}
-    return Trained(weights, {
+    return weights, {
         "params": sum(p.numel() for p in model.parameters()), "steps": step, "train_seconds": seconds,
         "step_ms": step_ms, "tokens_seen": tokens, "compiled": stepper.compiling, "peak_memory": memory,
-        "reserve_seconds": reserve, "proofs": proofs})
+        "reserve_seconds": reserve, "proofs": proofs}
 
 
 # ----------------------------------------------------------
@@ -3254,22 +3218,19 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
             progress(end, total.val_bpb, f" steps:{trainer.steps}")
         elapsed = time.perf_counter() - start
         log.metric("ttt", step=chunk, bpb=total.val_bpb, positions=total.positions, seconds=elapsed)
-        if chunk + 1 == chunks:
-            break
+        if chunk + 1 == chunks or untrained_from is not None:
+            continue
         done, seconds_of_them = map(sum, zip(*scoring[1:]))
         per_window = seconds_of_them / max(done, 1)
         # a pass over a chunk takes three times what scoring its sequences does
         one_more = max(training, default=3 * hp.ttt_epochs * size / hp.eval_seq_len * per_window)
         ahead = (len(windows) - done - scoring[0][0]) * per_window + one_more
-        finish = world.max(elapsed + 1.1 * ahead)
-        if untrained_from is None and finish > seconds:
+        if world.max(elapsed + 1.1 * ahead) > seconds:
             untrained_from = chunk
             log(f"ttt training stops after chunk {chunk} of {chunks}, to end before {seconds:.0f}s")
-        if untrained_from is None:
-            began = time.perf_counter()
-            trainer.train(tokens, chunk * size, end, chunk, chunks)
-            world.synchronize()
-            training.append(time.perf_counter() - began)
+        else:
+            lesson = partial(trainer.train, tokens, chunk * size, end, chunk, chunks)
+            training.append(world.seconds(lesson))
     if total.positions != positions:
         raise RuntimeError(f"scored {total.positions} of {positions} positions")
     return total, {"chunks": chunks, "steps": trainer.steps, "untrained_from_chunk": untrained_from,
@@ -3294,14 +3255,14 @@ def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
     hp, stream = run.hp, TokenStream(read_split(run.hp.data_path, "train"))
     run.log(f"data path:{hp.data_path} train_shards:{len(stream.shards)} train_tokens:{stream.total}")
     model = GPT(hp).to(run.world.device).use(run.attend)
-    trained = train(run, model, stream, validation)
+    weights, trained = train(run, model, stream, validation)
     with run.training.phase("save", counted=False):
-        run.write("model.pt", saved(trained.weights))
-        run.record(trained.found)
+        run.write("model.pt", saved(weights))
+        run.record(trained)
     with run.training.phase("float", counted=False):
         found = score_split(run, model, validation, hp.eval_seq_len, "float")
     record_score(run, "float", found)
-    return trained.weights
+    return weights
 
 
 def compress(run: Run, weights: dict[str, Tensor] | None) -> None:
@@ -3479,7 +3440,7 @@ def settings_of(env: Mapping[str, str]) -> tuple[Hyperparameters | None, dict[st
 
 def main() -> int:
     """The command line: --help or a run; returns the exit status."""
-    world, status, env, rank = None, 0, os.environ, 0
+    status, told, rank, env = 0, "", 0, os.environ
     if sys.argv[1:] in (["--help"], ["-h"]):
         say(f"{__doc__}\n{settings_table()}")
         return 0
@@ -3494,25 +3455,25 @@ def main() -> int:
         with on_stop():
             rank, *_ = launched_as(env)
             hp, facts = settings_of(env)
-            world = World(hp, env, meet(env, facts))
+            store = meet(env, facts)
+            rank = 0  # what all ranks find was said by one; the rest is a rank's own
+            world = World(hp, env, store)
             ignored = [f"ignored:{name}" for name in IGNORED_NAMES if name in env]
             threads = (os.cpu_count() or 1) // int(env.get("LOCAL_WORLD_SIZE", world.size))
             os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(threads, 1)))
             run_stages(hp, world, [*doubtful_names(env, hp.fields())[1], *ignored])
     except (UserError, OSError) as error:
-        status = 1
-        if world is not None or rank == 0:
-            say(f"error: {error}", "stderr")
-    except Interrupted as stop:
-        status = 143
-        say(str(stop), "stderr")
+        status, told = 1, f"error: {error}" * (rank == 0)
+    except KeyboardInterrupt as stop:
+        status, told = 143, stop
     except Exception:
-        status = 1
-        say(traceback.format_exc(), "stderr")
+        status, told = 1, traceback.format_exc()
+    if told:
+        say(told, "stderr")
     if dist.is_initialized():
         if status:  # other ranks may wait in a collective, and leaving the group would wait for them
             os._exit(status)
-        world.close()
+        dist.destroy_process_group()
     return status
 
 

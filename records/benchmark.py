@@ -816,7 +816,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
         shared.write_atomically(path, json.dumps({"command": command} | result, indent=1).encode())
         print(f"written to {path}")
     if world.grouped:
-        world.close()
+        tg.dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -139,7 +139,7 @@ def rank_main(job):
             torch.save(muon_results(world, folder), folder / f"muon-{size}-{rank}.pt")
             for changes in job["runs"][str(size)]:
                 tg.run_stages(tg.Hyperparameters.from_env(env | changes), world, [])
-            world.close()
+            torch.distributed.destroy_process_group()
     if rank == 1:
         in_pass(STOPPED_IN, signal.SIGTERM)
     if rank == 2:

@@ -133,6 +133,18 @@ def test_two_ranks_with_other_rates_end_before_anything(tiny, tmp_path):
     ]
 
 
+def test_a_rank_says_what_it_alone_finds_and_leaves_the_rest_to_rank_zero(tiny, tmp_path, monkeypatch):
+    def fails(*given):
+        raise tg.UserError("three processes want a CUDA device")
+
+    env = tiny | ranks_environment(1, 2, 1)
+    monkeypatch.setattr(tg, "meet", fails)
+    assert told(tmp_path, env) == (1, "", "")
+    monkeypatch.setattr(tg, "meet", lambda *given: None)
+    monkeypatch.setattr(tg, "World", fails)
+    assert told(tmp_path, env) == (1, "", "error: three processes want a CUDA device\n")
+
+
 @pytest.mark.parametrize("changes", [
     {"model_dim": 65536, "num_heads": 64, "num_kv_heads": 64}, {"bigram_vocab_size": 10**9},
     {"num_layers": 1000, "model_dim": 16384}, {"train_seq_len": 10**9, "train_batch_tokens": 10**9},
@@ -204,7 +216,7 @@ def test_what_is_ignored_stays_ignored_and_the_rest_interrupts():
                 os.kill(os.getpid(), which)
         assert heard == ["SIGINT", "SIGTERM"] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         with (
-            pytest.raises(tg.Interrupted, match="stopped by SIGINT; what was finished is kept"),
+            pytest.raises(KeyboardInterrupt, match="stopped by SIGINT; what was finished is kept"),
             tg.on_stop(),
         ):
             os.kill(os.getpid(), signal.SIGINT)
@@ -251,14 +263,14 @@ def test_a_write_that_fails_for_good_names_its_file_and_leaves_nothing(tmp_path,
 
 @pytest.mark.whole
 def test_a_checkpoint_that_finds_no_room_ends_no_training(tiny, tmp_path, monkeypatch):
-    write = tg.write_atomically
+    replace = os.replace
 
-    def full(path, data):
+    def full(temporary, path):
         if path.name == "checkpoint.pt":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data)
+        replace(temporary, path)
 
-    monkeypatch.setattr(tg, "write_atomically", full)
+    monkeypatch.setattr(os, "replace", full)
     code, out, errors = told(tmp_path, tiny | {"STAGES": "train", "CHECKPOINT_EVERY": "10"})
     assert code == 0 and errors == "" and out.count("no checkpoint of step") == 2
     assert (tmp_path / "logs/run/model.pt").is_file()

@@ -84,26 +84,26 @@ def test_progress_lines_give_score_speed_and_the_time_left():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "result.json"
-    for content in (b"old", b"new content"):
-        tg.write_atomically(path, content)
-        assert path.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "model.pt"
-    tg.write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        tg.write_atomically(path, "no bytes")
-    assert path.read_bytes() == b"old"
-
-
 def some_run(folder, rank=0, **settings):
     """A run as the stages get it."""
     hp, world = tg.Hyperparameters(**settings), types.SimpleNamespace(rank=rank)
     ledgers = (tg.Budget(name, world, 0.0) for name in ("training", "evaluation"))
     return tg.Run(hp, world, tg.RunLog(None), folder, 1000, *ledgers, {"bpb": {"float": 1.5}, "seed": 7})
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path, run = tmp_path / "result.json", some_run(tmp_path)
+    for content in (b"old", b"new content"):
+        run.write("result.json", content)
+        assert path.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    run = some_run(tmp_path)
+    run.write("model.pt", b"old")
+    with pytest.raises(TypeError):
+        run.write("model.pt", "no bytes")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_run_records_findings_beside_what_it_knows(tmp_path):

@@ -620,13 +620,11 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kernel", "options"), [
-    ("flash", [0.0, True]), ("cudnn", [None, True, 0.0, True]), ("efficient", [None, True, 0.0, True]),
+    ("flash", [0.0, True]), ("cudnn", [None, True, 0.0, True]),
 ])  # fmt: skip
 def test_a_kernel_is_its_operator_causal_and_without_dropout(kernel, options):
     """Called itself, with no context about it; without values, for no kernel of CUDA runs here."""
     q, k, v = (torch.empty(2, 16, heads, 8, device="meta") for heads in (4, 2, 2))
-    if kernel == "efficient":  # takes no groups, and is dropped where they are asked for
-        k, v = q, q
     with Operators() as operators:
         assert tg.KERNELS[kernel](16)(q, k, v).shape == (2, 16, 4, 8)
     wanted = f"aten::_scaled_dot_product_{kernel}_attention"
