@@ -20,6 +20,7 @@ Shapes: B batch, T tokens, D width, H query heads, G key and value heads, d widt
 """
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -2137,29 +2138,26 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     The mean squared gradient, K-FAC's other factor (arXiv:1503.05671), times a row's frequency; at the output
     the squared error of the probabilities.
     """
-    tables, calls, hooks = model.max_codes("embed"), collections.defaultdict(list), []
+    tables, seen = model.max_codes("embed"), []
     names = [*model.max_codes("matrix"), *tables]
+    layers = {model.get_submodule(name.removesuffix(".weight")): i for i, name in enumerate(names)}
     power = torch.zeros(len(names), device=world.device)
     counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
-    for name in names:
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_hook(lambda *call, name=name: calls[name].append(call)))
-    for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with world.autocast():
-            segments = document_bounds(model.hp, x, x.size(1), world)
-            p = model(x, None, segments).softmax(-1)
-            calls.clear()
-            with torch.enable_grad():
-                loss = model(x, y, segments) * y.numel()
-        outputs = [(i, call[2]) for i, name in enumerate(names) for call in calls[name]]  # at every visit
-        for (i, _), each in zip(outputs, torch.autograd.grad(loss, [output for _, output in outputs])):
-            power[i] += each.float().square().mean(-1).sum()
-        power[names.index("tok_emb.weight")] += (p - F.one_hot(y, p.size(-1))).square().sum()
-        for name, count in counts.items():
-            count += torch.bincount(calls[name][0][1][0].flatten(), minlength=len(count))
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda *visit: seen.append(visit)))
+        for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
+            seen.clear()
+            x, y = rows[:, :-1], rows[:, 1:]
+            with world.autocast(), torch.enable_grad():
+                logits = model(x, None, document_bounds(model.hp, x, x.size(1), world))
+                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+            to_logits, *to_outputs = torch.autograd.grad(loss, [logits, *(output for *_, output in seen)])
+            power[layers[model.tok_emb]] += to_logits.square().sum()
+            for (layer, inputs, _), to_output in zip(seen, to_outputs):
+                power[layers[layer]] += to_output.float().square().mean(-1).sum()
+                if (name := names[layers[layer]]) in counts:
+                    counts[name] += torch.bincount(inputs[0].flatten(), minlength=len(layer.weight))
     found = dict(zip(names, world.sum_(power) / sequences[:, 1:].size))
     return found | {name: found[name] * world.sum_(count) / count.sum() for name, count in counts.items()}
 
@@ -2168,34 +2166,28 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
 def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
                      batch_tokens: int = 16384) -> dict[str, Tensor]:
     """Mean x xT of matrices' inputs over (N, T), (in, in) by name; for water the loss's Hessians."""
-    matrices = model.max_codes("matrix")
-    hessians, hooks = {}, []
-    read_by = lambda name: name.replace("c_k", "c_q").replace("c_v", "c_q")
+    read_by = {name: model.get_submodule(re.sub("c_[kv]", "c_q", name).removesuffix(".weight"))
+               for name in model.max_codes("matrix")}
+    hessians = {layer: torch.zeros(2 * [layer.weight.size(1)], device=world.device)
+                for layer in read_by.values()}
 
-    def add(hessian, _module, inputs) -> None:
+    def add(layer, inputs, _output) -> None:
         x = inputs[0].flatten(0, -2).float()
-        hessian.addmm_(x.mT, x)
+        hessians[layer].addmm_(x.mT, x)
 
-    for name in dict.fromkeys(map(read_by, matrices)):
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        hessians[name] = torch.zeros(2 * [layer.weight.size(1)], device=world.device)
-        if name != "tok_emb.weight":  # which reads the stream at the output
-            hooks.append(layer.register_forward_pre_hook(partial(add, hessians[name])))
-    mine = world.shard(len(sequences))
-    rows, size = torch.from_numpy(sequences), max(batch_tokens // sequences.shape[1], 1)
-    for at in range(mine.start, mine.stop, size):
-        part = rows[at: min(at + size, mine.stop)].to(world.device)
-        with world.autocast():
-            hidden = model.hidden(part, document_bounds(model.hp, part, part.size(1), world))
-        if "tok_emb.weight" in hessians:
-            add(hessians["tok_emb.weight"], None, (hidden,))
-    for hook in hooks:
-        hook.remove()
+    mine = torch.from_numpy(sequences[world.rank:: world.size]).to(world.device)
+    with contextlib.ExitStack() as hooks, world.autocast():
+        for layer in hessians.keys() - {model.tok_emb}:
+            hooks.enter_context(layer.register_forward_hook(add))
+        for rows in mine.split(max(batch_tokens // sequences.shape[1], 1)):
+            hidden = model.hidden(rows, document_bounds(model.hp, rows, rows.size(1), world))
+            if model.tok_emb in hessians:  # it reads the stream at the output
+                add(model.tok_emb, (hidden,), None)
     for hessian in hessians.values():
         world.sum_(hessian).div_(sequences.size)
     bent = output_curvature(model, sequences[::4], world) if model.hp.step_rule == "water" else {}
-    found = {name: hessians[read_by(name)] for name in matrices}
-    return bent | {name: bent[name] * found[name] for name in matrices} if bent else found
+    found = {name: hessians[layer] for name, layer in read_by.items()}
+    return bent | {name: bent[name] * found[name] for name in found} if bent else found
 
 
 def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
@@ -2203,13 +2195,12 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     eye = torch.eye(hessian.size(-1), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = mean.where(mean > 0, 1.0) * eye
-    damped = hessian + damp * scaled
     # read backwards, Cholesky's H = R RT: R inverts to U, where the paper factorises three times
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+    damped = (hessian + damp * scaled).flip(-2, -1)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     for extra in (0.0, *(10.0 ** power for power in range(-2, 7))):  # in float64, then with more damping
         if bad := failed.nonzero().flatten().tolist():
-            double = damped[bad].double() + extra * scaled[bad].double()
-            again, failed[bad] = torch.linalg.cholesky_ex(double.flip(-2, -1))
+            again, failed[bad] = torch.linalg.cholesky_ex(damped[bad].double() + extra * scaled[bad])
             factor[bad] = again.to(factor.dtype)
     if failed.any():
         raise UserError("a hessian's entries overflow; QUANTIZER=rtn does without")
@@ -2225,14 +2216,10 @@ def act_order(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def best_scales(weight: Tensor, max_code: int, importance: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """Each row's candidate (k, out) of least error; weight (k, out, in), importance (k, in)."""
-    best = best_error = torch.full_like(weight[..., 0], math.inf)
-    for scales in map(storable, candidates):
-        codes = torch.round(weight / scales.unsqueeze(-1)).clamp_(-max_code, max_code)
-        error = torch.addcmul(weight, codes, scales.unsqueeze(-1), value=-1)
-        weighted = (error.square_() @ importance.unsqueeze(-1)).squeeze(-1)
-        best = torch.where(weighted < best_error, scales, best)
-        best_error = torch.minimum(weighted, best_error)
-    return best
+    tried = [storable(scales) for scales in candidates]
+    errors = (weight - round_to_grid(weight, scales, max_code).dequantize() for scales in tried)
+    weighted = torch.cat([error.square_() @ importance.unsqueeze(-1) for error in errors], -1)
+    return torch.stack(tried, -1).take_along_dim(weighted.argmin(-1, keepdim=True), -1).squeeze(-1)
 
 
 def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
@@ -2241,24 +2228,19 @@ def factor_diagonal(hessian: Tensor, damp: float = 0.01) -> Tensor:
     return U.diagonal(dim1=-2, dim2=-1).take_along_dim(order.argsort(), -1)
 
 
-def search_scales(weight: Tensor, diagonal: Tensor, max_code: int) -> Tensor:
-    """The clip of least GPTQ error, sum e_j^2 / U_jj^2; weight (k, out, in), diagonal (k, in)."""
+def search_scales(weight: Tensor, max_code: int, multiplier: float, diagonal: Callable, *_) -> Tensor:
+    """The clip of least GPTQ error, sum e_j^2 / U_jj^2, times the multiplier."""
     full = row_scales(weight, max_code)
     shares = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
-    return best_scales(weight, max_code, diagonal ** -2, (full * share for share in shares))
+    return multiplier * best_scales(weight, max_code, diagonal() ** -2, (full * share for share in shares))
 
 
-def lite_scales(weight: Tensor, max_code: int, multiplier: float) -> Tensor:
+def lite_scales(weight: Tensor, max_code: int, multiplier: float, *_) -> Tensor:
     """GPTQ-lite: each row's best of five clip percentiles by squared error."""
     magnitude, most = weight.abs().sort(dim=-1).values, weight.size(-1) - 1
     clips = (magnitude[..., round(share * most)] for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0))
-    candidates = ((clip * (multiplier / max_code)).clamp_min(SCALE_FLOOR) for clip in clips)
+    candidates = (clip * (multiplier / max_code) for clip in clips)
     return best_scales(weight, max_code, torch.ones_like(weight[:, 0]), candidates)
-
-
-def sigma_scales(weight: Tensor, max_code: int, multiplier: float, deviations: float) -> Tensor:
-    """SDClip: the largest code is so many deviations of its row, before the rate's factor."""
-    return (weight.std(-1) * (deviations * multiplier / max_code)).clamp_min(SCALE_FLOOR)
 
 
 def water_columns(weight: Tensor, scales: Tensor, max_code: int, diagonal: Tensor) -> Tensor:
@@ -2286,9 +2268,8 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
         one = gptq(weight[None], hessian[None], max_code, damp, *steps)
         return QuantizedTensor(one.codes[0], one.scales[0], max_code, columns=columns)
     k, out, n = weight.shape
-    needed = {"weight": (weight, (k, out, n)), "hessian": (hessian, (k, n, n)),
-              "scales": (scales, (k, out)), "columns": (columns, (k, n))}
-    for what, (each, shape) in needed.items():
+    shapes = {"weight": (k, out, n), "hessian": (k, n, n), "scales": (k, out), "columns": (k, n)}
+    for (what, shape), each in zip(shapes.items(), (weight, hessian, scales, columns)):
         if each is not None and (each.shape != shape or not torch.isfinite(each).all()):
             raise ValueError(f"{what} must be finite and of shape {shape}, got {tuple(each.shape)}")
     weight, hessian = weight.float(), hessian.float()
@@ -2296,38 +2277,31 @@ def gptq(weight: Tensor, hessian: Tensor, max_code: int, damp: float = 0.01,
     # transposed, so that a column of the weight is contiguous; what never fires does not matter
     W = weight.mT.take_along_dim(order.unsqueeze(-1), 1).masked_fill_(dead.unsqueeze(-1), 0.0)
     if scales is None:
-        scales = search_scales(W.mT, U.diagonal(dim1=-2, dim2=-1), max_code)
+        scales = search_scales(W.mT, max_code, 1.0, partial(U.diagonal, dim1=-2, dim2=-1))
     scales = storable(scales)
     if columns is not None:  # in units of its step a column is rounded as any other
         units = torch.exp2(columns.float() / 8).take_along_dim(order, -1)
         W, U = W / units.unsqueeze(-1), U / units.unsqueeze(-2)
     Q, E = torch.empty_like(W), torch.empty_like(W)
-
-    def solve(low, high) -> None:
-        if high - low > 32:  # fewer are rounded one by one before their error goes on in a product
-            middle = (low + high) // 2
-            solve(low, middle)
-            W[:, middle:high].baddbmm_(U[:, low:middle, middle:high].mT, E[:, low:middle], alpha=-1)
-            solve(middle, high)
-            return
+    for low in range(0, n, 128):
+        high = min(low + 128, n)
         for j in range(low, high):
             Q[:, j] = torch.round(W[:, j] / scales).clamp_(-max_code, max_code)
             E[:, j] = (W[:, j] - Q[:, j] * scales) / U[:, j, j, None]
-            if j + 1 < high:
-                W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
-
-    solve(0, n)
+            W[:, j + 1: high].baddbmm_(U[:, j, j + 1: high, None], E[:, j, None], alpha=-1)
+        # the rest has the errors of a block in one product
+        W[:, high:].baddbmm_(U[:, low:high, high:].mT, E[:, low:high], alpha=-1)
     codes = Q.take_along_dim(order.argsort().unsqueeze(-1), 1).mT.to(torch.int8).contiguous()
     return QuantizedTensor(codes, scales, max_code, columns=columns)
 
 
 FINEST = 2.0 ** -20  # of water's steps; a weight costs a 24th of its square, in nats
 STEP_RULES = {  # (weights (k, out, in), max_code, multiplier, -> U's diagonal (k, in), role) -> (k, out)
-    "absmax": lambda *grid, diagonal, role: row_scales(*grid),
-    "clip": lambda weight, max_code, multiplier, diagonal, role:
-        multiplier * search_scales(weight, diagonal(), max_code),
-    "lite": lambda *grid, diagonal, role: lite_scales(*grid),
-    "sigma": lambda *grid, diagonal, role: sigma_scales(*grid, ROLES[role][2]),
+    "absmax": lambda weight, max_code, multiplier, *_: row_scales(weight, max_code, multiplier),
+    "clip": search_scales,
+    "lite": lite_scales,
+    "sigma": lambda weight, max_code, multiplier, _, role:  # SDClip, before the rate's factor
+        weight.std(-1) * (ROLES[role][2] * multiplier / max_code),
     "water": lambda weight, _, multiplier, diagonal, role:  # every weight then costs as many nats
         (FINEST * multiplier * diagonal().log2().mean(-1, keepdim=True).exp2()).expand(weight.shape[:-1]),
 }
@@ -2340,7 +2314,7 @@ QUANTIZERS = {  # (weights, hessians, max_code, scales, columns) -> codes
 def grid_of(rule: str, weight: Tensor, max_code: int, multiplier: float,
             diagonal: Callable[[], Tensor], role: str = "attn") -> tuple[Tensor, Tensor]:
     """A rule's steps for (k, out, in) as the artifact will hold them: scales (k, out), columns (k, in)."""
-    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal=diagonal, role=role))
+    scales = storable(STEP_RULES[rule](weight, max_code, multiplier, diagonal, role))
     columns = torch.zeros_like(weight[:, 0])
     if rule == "water":
         columns = water_columns(weight, scales, max_code, diagonal())
@@ -2399,10 +2373,9 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
                 errors[own, column] = weighted_error(latent, each.dequantize(), H).double()
-        for part in (codes, scales, columns, errors):
-            world.sum_(part)
+        codes, scales, columns, errors = (world.sum_(part).cpu() for part in (codes, scales, columns, errors))
         for i, name in enumerate(names):
-            done[name] = QuantizedTensor(codes[i].cpu(), scales[i].cpu(), max_code, role, columns[i].cpu())
+            done[name] = QuantizedTensor(codes[i], scales[i], max_code, role, columns[i])
             before, after = report["matrices"][name] = errors[i].tolist()
             floored_rows = int((scales[i] <= SCALE_FLOOR).sum())
             report.setdefault(role, collections.Counter()).update(
@@ -2425,7 +2398,7 @@ COARSEST = 1e7  # multiplier of the steps: every code is zero
 SPARE = 0.003  # of what is left for the matrices may stay empty; a forecast aims at half of it
 PREFIX = struct.Struct("<8sIII")  # magic, version, bytes of the packed and of the plain header
 MOST_HEADER_BYTES, MOST_BYTES, MOST_DIMS = 1 << 22, 1 << 31, 64
-MOST_DENSE = 1000  # weights per byte of a file; a model of zeros alone has fewer
+MOST_DENSE = 1000  # plain bytes per byte of a file; a model of zeros alone has fewer
 DTYPES = {"codes": torch.uint8} | {name: getattr(torch, name) for name in (
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 
@@ -2449,9 +2422,8 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 def read_tensor(stream: io.BytesIO, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """The next tensor of a stream that tensor_bytes wrote."""
-    data = bytearray(stream.read(math.prod(shape) * dtype.itemsize))
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(shape)
+    data = np.frombuffer(bytearray(stream.read(math.prod(shape) * dtype.itemsize)), np.uint8)
+    return torch.from_numpy(data).view(dtype).reshape(shape)
 
 
 def by_class(codes: Tensor, max_code: int) -> tuple[Tensor, list[bytes]]:
@@ -2519,25 +2491,24 @@ def rans_content(frame: bytes, size: int) -> list[io.BytesIO]:
     held = shares.reshape(CLASSES, 256).sum(1, dtype=np.uint64)
     require(sizes.sum(dtype=np.uint64) == size and 0 < len(states) <= LANES
             and (held == SHARES * (sizes > 0)).all(), "impossible frequencies")
-    # by class and slot: the symbol, its share, and how far the slot lies into it
-    spread = lambda of, dtype: np.repeat(of.astype(dtype), shares)
-    symbol, share = spread(np.arange(len(shares)), np.uint8), spread(shares, np.uint32)
-    into = np.arange(len(share), dtype=np.uint32) - spread(shares.cumsum() - shares, np.uint32)
+    keys = np.repeat(np.arange(len(shares), dtype=np.uint16), shares)  # by class and slot
+    into = np.arange(len(keys), dtype=np.uint32) - (shares.cumsum(dtype=np.uint32) - shares)[keys]
     begins = held.cumsum().astype(np.uint32) - SHARES
     classes = np.repeat(np.arange(CLASSES, dtype=np.uint8), sizes)
     words = np.frombuffer(frame[8 + packed:], "<u2")
-    read = 0
     found = np.empty(size, np.uint8)
     for at in range(0, size, len(states)):
         own = begins[classes[at: at + len(states)]]
         x = states[:len(own)]
         slot = own + (x & (SHARES - 1))
-        found[at: at + len(own)] = symbol[slot]
-        x = share[slot] * (x >> 14) + into[slot]
+        key = keys[slot]
+        found[at: at + len(own)] = key  # the low byte, its symbol
+        x = shares[key] * (x >> 14) + into[slot]
         low = np.flatnonzero(x < 1 << 16)
-        x[low] = (x[low] << 16) | words[read: read + len(low)]
-        states[:len(own)], read = x, read + len(low)
-    require(read == len(words) and (states == 1 << 16).all(), "its codes do not end where they should")
+        x[low] = (x[low] << 16) | words[:len(low)]
+        states[:len(own)] = x
+        words = words[len(low):]
+    require(not len(words) and (states == 1 << 16).all(), "its codes do not end where they should")
     return [io.BytesIO(part) for part in np.split(found, sizes.cumsum()[:-1])]
 
 
@@ -2570,13 +2541,10 @@ def pack(config: dict, tensors: Tensors, level: int = LEVEL) -> bytes:
         sections[section].append(parts)
         entries.append([name, kind, list(data.shape), section, max_code])
     plain = {key: [*map(b"".join, zip(*parts))] for key, parts in sorted(sections.items())}  # by class
-    sizes = {key: sum(map(len, parts)) for key, parts in plain.items()}
-    if sum(sizes.values()) > MOST_BYTES:
-        raise ValueError(f"the tensors hold more than {MOST_BYTES} bytes")
     packed = {key: rans_frame(parts) if key.startswith(RANS) else zstandard.compress(*parts, level)
               for key, parts in plain.items()}
-    header = json.dumps({"config": config, "tensors": entries,
-                         "sections": [[key, len(frame), sizes[key]] for key, frame in packed.items()]},
+    sizes = [[key, len(frame), sum(map(len, plain[key]))] for key, frame in packed.items()]
+    header = json.dumps({"config": config, "tensors": entries, "sections": sizes},
                         separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     small = zstandard.compress(header, LEVEL)
     body = b"".join([PREFIX.pack(MAGIC, FORMAT_VERSION, len(small), len(header)), small, *packed.values()])
@@ -2592,24 +2560,19 @@ def read_header(blob: bytes) -> tuple[dict, int]:
         raise UserError(f"artifact format {version}, not {FORMAT_VERSION}: use the script that made it")
     require(sha256(blob[:-32]) == blob[-32:].hex(), "its checksum does not match its content")
     require(size <= MOST_HEADER_BYTES, "impossible header size")
-    end, claimed = PREFIX.size + small, collections.Counter()
+    end = PREFIX.size + small
     with reading("damaged artifact: its header", "make it again"):
         header = parse_json(zstd_content(blob[PREFIX.size: end], size))
-        sections, names = header["sections"], {name for name, *_ in header["tensors"]}
-        held = collections.Counter({key: size for key, _, size in sections})
-        for name, kind, shape, section, max_code in header["tensors"]:
-            counts = max_code, *shape
+        tensors, sections = header["tensors"], header["sections"]
+        numbers = [number for _, *sizes in sections for number in sizes]
+        for name, _, shape, _, max_code in tensors:
             require(isinstance(name, str) and len(shape) <= MOST_DIMS, "impossible name or shape")
-            require(all(type(n) is int and 0 <= n <= MOST_BYTES for n in counts), "impossible shape")
-            claimed[section] += math.prod(shape) * DTYPES[kind].itemsize
-            claimed["scales"] += 2 * math.prod(shape[:-1]) * (kind == "codes")
-            claimed["columns"] += math.prod(shape[-1:]) * (kind == "codes")
-            claimed["classes"] += math.prod(shape[-1:]) * (kind == "codes" and section.startswith(RANS))
-        require(type(header["config"]) is dict and len(names) == len(header["tensors"]), "impossible names")
-        require(+claimed == +held and all(size >= 0 for *_, size in sections)
-                and claimed.total() <= MOST_BYTES and len({key for key, *_ in sections}) == len(sections)
-                and all(type(packed) is int and packed > 0 for _, packed, _ in sections)
-                and sum(packed for _, packed, _ in sections) == len(blob) - 32 - end, "impossible sections")
+            numbers += [max_code, *shape]
+        require(all(type(n) is int and 0 <= n <= MOST_BYTES for n in numbers), "impossible number")
+        require(type(header["config"]) is dict and len({name for name, *_ in tensors}) == len(tensors)
+                and len({key for key, *_ in sections}) == len(sections), "impossible names")
+        require(sum(packed for _, packed, _ in sections) == len(blob) - 32 - end
+                and sum(plain for *_, plain in sections) <= MOST_BYTES, "impossible sections")
     return header, end
 
 
@@ -2619,36 +2582,34 @@ def unpack(blob: bytes) -> tuple[dict, Tensors]:
     frames, tensors = io.BytesIO(blob[end:-32]), {}
     with reading("damaged artifact: its content", "make it again"):
         plain = {key: rans_content(frames.read(packed), size) if key.startswith(RANS)
-                 else io.BytesIO(zstd_content(frames.read(packed), size))
+                 else [io.BytesIO(zstd_content(frames.read(packed), size))]
                  for key, packed, size in header["sections"]}
         for name, kind, shape, section, max_code in header["tensors"]:
             if kind == "codes" and section.startswith(RANS):
-                classes = read_tensor(plain["classes"], torch.uint8, shape[-1:])
-                rows = math.prod(shape[:-1])
-                transposed = torch.empty(shape[-1], rows, dtype=torch.uint8)
-                for each in classes.unique().tolist():
-                    own = classes == each
-                    part = read_tensor(plain[section][each], torch.uint8, [int(own.sum()), rows])
-                    transposed[own] = part
-                data = transposed.T.reshape(shape)
+                classes = read_tensor(*plain["classes"], torch.uint8, shape[-1:])
+                counts, rows = classes.bincount(minlength=CLASSES).tolist(), math.prod(shape[:-1])
+                parts = [read_tensor(part, torch.uint8, [count, rows])
+                         for part, count in zip(plain[section], counts, strict=True)]
+                data = torch.cat(parts)[classes.argsort(stable=True).argsort()].T.reshape(shape)
             else:
-                data = read_tensor(plain[section], DTYPES[kind], shape)
+                data = read_tensor(*plain[section], DTYPES[kind], shape)
             tensors[name] = data
             if kind == "codes":
                 require(1 <= max_code <= 127 and not (data > 2 * max_code).any(), "a code is off its grid")
-                scales = read_tensor(plain["scales"], torch.float16, shape[:-1])
+                scales = read_tensor(*plain["scales"], torch.float16, shape[:-1])
                 require((scales.isfinite() & (scales >= 0)).all(), "a scale negative or not finite")
-                columns = read_tensor(plain["columns"], torch.int8, shape[-1:])
+                columns = read_tensor(*plain["columns"], torch.int8, shape[-1:])
                 codes, role = (data - max_code).view(torch.int8), section.rpartition(".")[0]
                 tensors[name] = QuantizedTensor(codes, scales.float(), max_code, role, columns)
+        require(not any(part.read(1) for parts in plain.values() for part in parts), "bytes of no tensor")
     return header["config"], tensors
 
 
 def byte_report(blob: bytes) -> dict[str, dict[str, int]]:
     """Packed and plain bytes of each section of a file."""
     header, end = read_header(blob)
-    report = {"header": {"bytes": end + 32}}
-    return report | {key: {"bytes": size, "plain_bytes": plain} for key, size, plain in header["sections"]}
+    return {"header": {"bytes": end + 32}} | {
+        key: {"bytes": size, "plain_bytes": plain} for key, size, plain in header["sections"]}
 
 
 def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
@@ -2659,26 +2620,24 @@ def artifact_config(hp: Hyperparameters, facts: dict) -> dict:
 class Rate:
     """Forecasts the packed bytes by the coder's lengths of a sample of rows, rounded plainly."""
     def __init__(self, model: GPT, weights: Mapping[str, Tensor], room: int,
-                 hessians: Mapping[str, Tensor] = {}, sample: int = 1 << 16):
+                 hessians: Mapping[str, Tensor] = {}):
         hp, roles, side = model.hp, model.roles(), {}
-        matrices = model.max_codes("matrix")
-        tables = [name for name in model.max_codes("embed") if name in hessians and not hp.target_bits]
-        rest = lambda multiplier: quantize_rest(model, weights, hessians, multiplier)
-        size = lambda tensors, level: len(pack(artifact_config(hp, {}), tensors, level))
-        self.rule, counted = hp.step_rule, sum(weights[name].numel() for name in matrices)
-        self.samples = collections.defaultdict(list)
-        for name, max_code in matrices.items():
-            weight, hessian = weights[name][None].float(), hessians.get(name)
-            diagonal = cache(lambda hessian=hessian: factor_diagonal(hessian[None]).cpu())
-            rows = weight[:, :: max(weight.numel() // sample, 1)].cpu()
+        adapts = not hp.target_bits and hessians.keys() & model.max_codes("embed")
+        level = 3 if adapts else LEVEL  # quickly, where again and again
+        size = lambda multiplier, side={}: len(pack(artifact_config(hp, {}), {
+            **quantize_rest(model, weights, hessians, multiplier), **side}, level))
+        self.rule, self.samples = hp.step_rule, collections.defaultdict(list)
+        for name, max_code in model.max_codes("matrix").items():
+            weight = weights[name][None].float()
+            diagonal = cache(lambda name=name: factor_diagonal(hessians[name][None]).cpu())
+            rows = weight[:, :: max(weight.numel() >> 16, 1)].cpu()
             self.samples[roles[name], max_code].append((rows, weight.numel() / rows.numel(), diagonal))
             scales, columns = grid_of(self.rule, weight.cpu(), max_code, 1.0, diagonal, roles[name])
             codes = torch.zeros(weight.shape[1:], dtype=torch.int8)
             side[name] = QuantizedTensor(codes, scales[0], max_code, roles[name], columns[0])
-        begin, level = rest(1.0), 3 if tables else LEVEL  # quickly, where again and again
-        fixed = size(begin, level)
-        self.side = size({**begin, **side}, level) - fixed  # what the matrices need beside their codes
-        self.rest = (lambda multiplier: size(rest(multiplier), level)) if tables else lambda _: fixed
+        fixed, counted = size(1.0), sum(weights[name].numel() for name in side)
+        self.side = size(1.0, side) - fixed  # what the matrices need beside their codes
+        self.rest = size if adapts else lambda _: fixed
         self.room = min(room, fixed + int(hp.target_bits * counted / 8) if hp.target_bits else room)
         self.spare = max(self.room - self.rest(COARSEST), 0) * SPARE
         self.limit = self.room - self.spare / 2
@@ -2702,13 +2661,9 @@ class Rate:
 
     def multiplier(self, over: float = 0.0) -> float:
         """The smallest multiplier, from 1, to fit, where the forecast is so many bytes too low."""
-        low, high, limit = 1.0, 1.0, self.limit - over
-        while self.bytes(high) > limit and high < COARSEST:
-            low, high = high, 2 * high
-        while high - low > 1e-3 * low:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.bytes(middle) <= limit else (middle, high)
-        return high
+        limit = self.limit - over
+        steps = range(math.ceil(math.log(COARSEST, 1.0005)))
+        return 1.0005 ** bisect.bisect_left(steps, True, key=lambda step: self.bytes(1.0005 ** step) <= limit)
 
 
 def fit_artifact(run: Run, model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor],
@@ -2740,10 +2695,10 @@ def artifact_settings(header: dict, hp: Hyperparameters) -> Hyperparameters:
         settings = {name: tuple(value) if type(value) is list else value for name, value in settings.items()}
         wrong = [f"it does not know {brief(name)}" for name in settings.keys() - fields.keys()]
         wrong += [f"{name} is missing or of the wrong type" for name, f in fields.items()
-                  if type(settings[name]) is not type(f.default) or type(f.default) is tuple
-                  and any(type(part) is not int for part in settings[name])]
+                  if type(settings[name]) is not type(f.default)]
         hp = hp if wrong else dataclasses.replace(hp, **settings)
-    if wrong := wrong or problems(hp):
+        wrong = wrong or problems(hp)
+    if wrong:
         raise UserError(f"the artifact's settings do not fit this script: {wrong[0]}")
     return hp
 
@@ -2761,7 +2716,7 @@ def load_artifact(blob: bytes, hp: Hyperparameters, world: World) -> tuple[GPT, 
     """The model from the file alone, and its facts; nothing is taken that the model does not need."""
     header, _ = read_header(blob)
     hp, claimed = artifact_settings(header, hp), {name: shape for name, _, shape, *_ in header["tensors"]}
-    require(sum(map(math.prod, claimed.values())) <= MOST_DENSE * len(blob), "it claims too much")
+    require(sum(size for *_, size in header["sections"]) <= MOST_DENSE * len(blob), "it claims too much")
     require(hp.num_layers < len(claimed), "it has more layers than tensors")
     model = shell(hp)
     needed = {name: [*p.shape] for name, p in model.state_dict().items()}

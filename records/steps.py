@@ -42,9 +42,9 @@ def scales_instead(scales: Callable) -> contextlib.AbstractContextManager:
 
 def each_matrix_its_deviation():
     """SDClip's bits for every matrix, the columns as in water."""
-    sigma = lambda weight, *grid: script().sigma_scales(weight.flatten(1), *grid, 13.0)
-    return scales_instead(lambda weight, *grid, diagonal, role:
-                          sigma(weight, *grid)[:, None].expand(weight.shape[:-1]))
+    sigma = script().STEP_RULES["sigma"]
+    return scales_instead(lambda weight, *grid:
+                          sigma(weight.flatten(1), *grid)[:, None].expand(weight.shape[:-1]))
 
 
 def gamma(power: float):
