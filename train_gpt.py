@@ -3004,7 +3004,7 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
         for done, scale, loss in telemetry.read(lag):
             step_log(done, scale, loss)
             if done == step_log.first_step + 10:
-                log(forecast(run, len(validation.byte_counts), reserve, step_log.pace(done)))
+                log(forecast(run, positions, reserve, step_log.pace(done)))
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {done} is {loss}; {remedy}; {checkpoint}")
 
