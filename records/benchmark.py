@@ -436,10 +436,10 @@ def bench_muon(bench: Bench) -> None:
         return made
     squares = [(min(shape), max(shape)) for shape in shapes]
     flops = 5 * sum(4 * m * m * n + 2 * m ** 3 for m, n in squares)  # of Newton-Schulz's steps
-    orthogonalise = partial(tg.newton_schulz, dtype=world.dtype)
+    orthogonalise = partial(tg.newton_schulz, dtype=world.dtype, coefficients=hp.muon_coefficients)
     orthogonalise = tg.compiled(orthogonalise) if bench.compiling else orthogonalise
-    muon = tg.Muon(parameters(), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm, world,
-                   orthogonalise)
+    muon = tg.Muon(parameters(), hp.matrix_lr, hp.muon_momentum, hp.muon_wd, hp.muon_row_norm,
+                   hp.muon_equalise, world, orthogonalise)
     remark = f"{len(shapes)} matrices in {len(set(shapes))} stacks on {world.size} rank(s)"
     work = {"Muon": Work(muon.step, flops=flops / world.size, remark=remark)}
     if bench.args.versus:

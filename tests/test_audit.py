@@ -212,8 +212,8 @@ def test_a_model_that_peeks_is_caught(run, monkeypatch, ahead, name):
     """A little of a later place in the stream: of the target's own, or of one behind it."""
     hidden = tg.GPT.hidden
 
-    def peeking(self, tokens):
-        x = hidden(self, tokens)
+    def peeking(self, tokens, *segments):
+        x = hidden(self, tokens, *segments)
         return torch.cat((x[:, :-ahead] + 0.02 * x[:, ahead:], x[:, -ahead:]), dim=1)
 
     monkeypatch.setattr(tg.GPT, "hidden", peeking)
@@ -255,8 +255,8 @@ def test_text_that_changes_the_scores_before_it_is_caught(run, monkeypatch):
 def test_probabilities_that_do_not_sum_to_one_are_caught(run, monkeypatch, kind):
     losses = tg.token_losses
 
-    def wrong(model, tokens, targets, scored, temperature=1.0):
-        nll = losses(model, tokens, targets, scored, temperature)
+    def wrong(model, tokens, targets, scored, *rest):
+        nll = losses(model, tokens, targets, scored, *rest)
         return nll * 0.99 if kind == "too sharp" else nll - 0.01 * (targets[:, -scored:] % 2)
 
     monkeypatch.setattr(tg, "token_losses", wrong)
