@@ -2143,10 +2143,11 @@ def output_curvature(model: GPT, sequences: np.ndarray, world: World, batch: int
     layers = {model.get_submodule(name.removesuffix(".weight")): i for i, name in enumerate(names)}
     power = torch.zeros(len(names), device=world.device)
     counts = {name: torch.zeros(len(model.get_parameter(name)), device=world.device) for name in tables}
+    mine = torch.from_numpy(sequences[world.rank:: world.size]).to(world.device)
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda *visit: seen.append(visit)))
-        for rows in torch.from_numpy(sequences[world.rank:: world.size]).to(world.device).split(batch):
+        for rows in filter(len, mine.split(batch)):  # a rank may have none
             seen.clear()
             x, y = rows[:, :-1], rows[:, 1:]
             with world.autocast(), torch.enable_grad():
@@ -2179,7 +2180,7 @@ def collect_hessians(model: GPT, sequences: np.ndarray, world: World,
     with contextlib.ExitStack() as hooks, world.autocast():
         for layer in hessians.keys() - {model.tok_emb}:
             hooks.enter_context(layer.register_forward_hook(add))
-        for rows in mine.split(max(batch_tokens // sequences.shape[1], 1)):
+        for rows in filter(len, mine.split(max(batch_tokens // sequences.shape[1], 1))):
             hidden = model.hidden(rows, document_bounds(model.hp, rows, rows.size(1), world))
             if model.tok_emb in hessians:  # it reads the stream at the output
                 add(model.tok_emb, (hidden,), None)
