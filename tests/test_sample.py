@@ -162,6 +162,7 @@ def test_an_artifact_and_a_tokenizer_are_enough(run, capsys, monkeypatch, tmp_pa
     assert said[0] == said[1] and all(status == 0 and not err for status, _, err in said)
     assert said[0][1].startswith("The value of") and len(said[0][1]) > len("The value of\n")
     assert windows == [256, 256, 128]
+    monkeypatch.setattr(sample, "ROOT", tmp_path)
     status, _, err = speak(capsys, monkeypatch, "some.bin", *options)
     assert status == 1 and err.endswith("sotu_4096_bpe.model is missing; name it with --tokenizer\n")
     (tmp_path / "some.bin").write_bytes(blob.read_bytes()[:500])
