@@ -62,7 +62,7 @@ def finish(processes):
 TALL, WIDE, SQUARE = (48, 16), (16, 48), (32, 32)
 # Stacks of 4, 3, 2 and 1: more, as many and fewer matrices than ranks, and shares that do not divide.
 SHAPES = [TALL, WIDE, SQUARE, TALL, WIDE, TALL, (64, 24), TALL, WIDE, SQUARE]
-VARIANTS = {"plain": {}, "row_norm": {"row_norm": True}}
+VARIANTS = {"plain": {}, "row_norm": {"row_norm": True}, "equalise": {"equalise": True}}
 
 
 def noise(*shape, seed):
@@ -156,6 +156,12 @@ def rank_main(job):
 STEPS = 12
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 TRAINED = {"STAGES": "train,quantize", "RUN_ID": "trained3"}
+# Loops from the fifth step on, lanes, documents; spans of two rows, dealt whole.
+LOOPED = {
+    "PRESET": "pr1855_smoke", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "1",
+    "PARALLEL_START_LAYER": "2", "LATE_QAT_THRESHOLD": "0", "TTT_ENABLED": "0", "BIGRAM_VOCAB_SIZE": "0",
+    "SKIP_SLIDING": "1", "TRAIN_SEQ_SCHEDULE": "32@0.5",
+}  # fmt: skip
 STOPPED_IN, STOPPED = 7, {"STAGES": "train", "WARMUP_STEPS": "0", "RUN_ID": "stopped"}
 KILLED_IN, KILLED = 7, STOPPED | {"RUN_ID": "killed", "GRAD_ACCUM_STEPS": "2", "CHECKPOINT_EVERY": "4"}
 
@@ -184,7 +190,12 @@ def pool(tmp_path_factory, calm, one_process):
     folder, ports = tmp_path_factory.mktemp("pool"), free_ports(MAX_RANKS + 1)
     torch.save(muon_results(tg.World(tg.Hyperparameters.from_env(calm), {}), folder), folder / "muon-1-0.pt")
     scored = {"STAGES": "evaluate", "ARTIFACT": str(one_process[0] / "logs/run/artifact.bin")}
-    runs = {2: [scored | {"RUN_ID": "scored2"}], 3: [scored | {"RUN_ID": "scored3"}, TRAINED]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert run_here(folder, calm | LOOPED | {"RUN_ID": "looped1"}) == 0
+    runs = {
+        2: [scored | {"RUN_ID": "scored2"}, LOOPED | {"RUN_ID": "looped2"}],
+        3: [scored | {"RUN_ID": "scored3"}, TRAINED, LOOPED | {"RUN_ID": "looped3"}],
+    }
     code = "import json, sys; sys.path.insert(0, sys.argv[1]); import test_distributed as t; "
     code += "t.rank_main(json.loads(sys.argv[2]))"
     processes = []
@@ -267,6 +278,19 @@ def assert_like_one_process(folder, run_id, size, one):
 def test_three_ranks_equal_one_process(pool, one_process):
     """Five, five and six sequences of a step's sixteen: other partial sums, so other last digits."""
     assert_like_one_process(pool[0], "trained3", 3, one_process[0])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_loops_lanes_and_documents_on_several_ranks(pool, size):
+    """Eight spans do not divide by three ranks; each scores what it trained itself."""
+    mine, theirs = losses(pool[0], f"looped{size}"), losses(pool[0], "looped1")
+    assert len(theirs) == STEPS and len({round(loss, 2) for loss in theirs.values()}) > 5
+    assert mine == pytest.approx(theirs, rel=1e-4)
+    many, one = result_of(pool[0], f"looped{size}"), result_of(pool[0], "looped1")
+    assert many["world_size"] == size
+    for name in ("float", "roundtrip"):
+        assert many["bpb"][name] == pytest.approx(one["bpb"][name], rel=1e-3), name
+    assert "\nlooping:on step:" in (pool[0] / f"logs/looped{size}/log.txt").read_text()
 
 
 @pytest.mark.parametrize("size", [2, 3])
