@@ -2368,9 +2368,10 @@ def quantize_model(model: GPT, weights: Mapping[str, Tensor], hessians: Mapping[
             latent = torch.stack([weights[names[i]] for i in own]).to(world.device, torch.float32)
             W = torch.stack([prune_smallest(weight, hp.prune_pct) for weight in latent])
             H = torch.stack([hessians[names[i]] for i in own])
-            plain = round_to_grid(W, storable(row_scales(W, max_code, multiplier)), max_code)
             grid = grid_of(hp.step_rule, W, max_code, multiplier, partial(factor_diagonal, H), role)
             q = QUANTIZERS[hp.quantizer](W, H, max_code, *grid)
+            grid = grid if hp.quantizer == "gptq" else grid_of("absmax", W, max_code, multiplier, None, role)
+            plain = QUANTIZERS["rtn"](W, None, max_code, *grid)
             codes[own], scales[own], columns[own] = q.codes, q.scales, q.columns
             for column, each in enumerate((plain, q)):
                 errors[own, column] = weighted_error(latent, each.dequantize(), H).double()
