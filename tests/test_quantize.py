@@ -530,6 +530,8 @@ def test_the_table_is_solved_as_a_matrix(looped):
     errors = [summed_error(weights["tok_emb.weight"], each, hessians["tok_emb.weight"])
               for each in (table.dequantize(), rounded)]  # fmt: skip
     assert errors[0] < 0.9 * errors[1]
+    assert report["embed"]["error"] == pytest.approx(errors[0], rel=1e-3)
+    assert report["embed"]["error_rounding"] == pytest.approx(errors[1], rel=1e-3)  # on the same steps
 
 
 def test_queries_keys_and_values_share_one_hessian(calibrated):
