@@ -232,8 +232,9 @@ def problems(hp: Hyperparameters) -> list[str]:
          f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
         (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
-        (not re.fullmatch(r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))*", hp.train_seq_schedule, re.ASCII),
-         "TRAIN_SEQ_SCHEDULE must read LENGTH@SHARE,LENGTH@SHARE"),
+        (not re.fullmatch(r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))*", hp.train_seq_schedule, re.ASCII)
+         or max(map(int, re.findall(r"(\d+)@", hp.train_seq_schedule)), default=0) > hp.train_seq_len,
+         "TRAIN_SEQ_SCHEDULE must read LENGTH@SHARE,LENGTH@SHARE, no length above TRAIN_SEQ_LEN"),
         (hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
         (hp.ttt_chunk_tokens % hp.eval_seq_len, "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN"),
         (hp.ttt_params == "blocks" and hp.ttt_freeze_blocks > len(layers),
@@ -2079,7 +2080,7 @@ def segment_length(hp: Hyperparameters, progress: Progress) -> int:
     """The longest segment of a step, PR #2014: of the schedule's first stage that is not over, else T."""
     stages = re.findall(r"(\d+)@([\d.]+)", hp.train_seq_schedule)
     now = (int(length) for length, until in stages if progress.step < float(until) * progress.total)
-    return min(next(now, hp.train_seq_len), hp.train_seq_len)
+    return next(now, hp.train_seq_len)
 
 
 def qat_active(hp: Hyperparameters, scale: float) -> bool:

@@ -43,7 +43,7 @@ CONFIGS = {
     "smoke": "PRESET=smoke",
     "pr1855": "PRESET=pr1855 NUM_LAYERS=6 NUM_HEADS=4 NUM_KV_HEADS=2 LOOP_START=1 LOOP_END=2"
     " PARALLEL_START_LAYER=3",
-    "pr1855_smoke": "PRESET=pr1855_smoke",
+    "pr1855_smoke": "PRESET=pr1855_smoke TRAIN_SEQ_SCHEDULE=4@0.1",
     "all": "PRESET=pr606 NUM_LAYERS=5 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=3 VE_LAYERS=0,2,4"
     " ROPE_NTK_REFERENCE=8 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 "
     + " ".join(f"{name.upper()}=1" for name, off in OFF.items() if off is False and name not in CALLERS),

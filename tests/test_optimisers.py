@@ -274,7 +274,7 @@ def settings(preset="pr606", **changed):
 
 def stepper_of(preset):
     """A narrow model of a preset with every parameter random, ready for steps."""
-    layers = {"NUM_LAYERS": "5"} if preset.startswith("pr1855") else {}
+    layers = {"NUM_LAYERS": "5", "TRAIN_SEQ_SCHEDULE": "4@0.5"} if preset.startswith("pr1855") else {}
     hp = tg.Hyperparameters.from_env(NARROW | layers | {"PRESET": preset})
     stream = tg.TokenStream([np.random.default_rng(0).integers(0, 64, 5000).astype("uint16")])
     return tg.Stepper(hp, random_model(hp, spread=0.2), stream, tg.World(hp, {}), compiling=False)
@@ -449,6 +449,26 @@ def test_layers_loop_from_a_share_of_the_run():
     clock.agreed = 209.0
     assert not tg.loops_on(by_clock, tg.progress_at(by_clock, 77, clock))
     assert not tg.loops_on(settings("pr606"), tg.Progress(999, 1000))
+
+
+def test_segments_grow_by_the_share_of_the_run():
+    hp = settings("pr1855", train_seq_schedule="512@0.1,1024@0.7")
+    at = {step: tg.segment_length(hp, tg.Progress(step, 1000)) for step in (0, 99, 100, 699, 700, 999)}
+    assert at == {0: 512, 99: 512, 100: 1024, 699: 1024, 700: 2048, 999: 2048}
+    assert tg.segment_length(settings("pr1855"), tg.Progress(0, 1000)) == 2048
+    for wrong in ("4096@0.1", "512", "512@1.5", "0@0.5", "512@0.1;1024@0.2"):
+        with pytest.raises(ValueError, match="TRAIN_SEQ_SCHEDULE must read"):
+            settings("pr1855", train_seq_schedule=wrong)
+
+
+def test_a_step_is_trained_on_segments_of_the_length_that_is_set():
+    losses = []
+    for longest in (16, 4):
+        stepper = stepper_of("pr1855_smoke")
+        stepper.longest = longest
+        stepper.step(1.0, 0.9, False)
+        losses.append(stepper.flat.slot["loss"].item())
+    assert abs(losses[0] - losses[1]) > 1e-4
 
 
 @pytest.mark.parametrize("wallclock", [0, 600, 37.5])
