@@ -132,12 +132,17 @@ AT_RATE = {title: variant(f"qat-{label}-at3", "ITERATIONS=425 WARMDOWN_ITERS=330
 QAT_AT_RATE = {(title, q): variant(f"{what.label}-{q}", f"{SCORED} QUANTIZER={q}", what)
                for title, what in AT_RATE.items() for q in ("rtn", "gptq")}
 # #1855's twin takes twice the time of `smoke` for a step (medians of both in turn, one thread: 1.96).
-TWINS = {title: variant(f"twin-{label}", f"PRESET={preset} ITERATIONS={steps} WARMDOWN_ITERS={warmdown} "
-                        f"{SCORED} STAGES=train,quantize,evaluate")
-         for label, title, preset, steps, warmdown in (
-             ("1855", "`pr1855_smoke`", "pr1855_smoke", 320, 0),
-             ("smoke", "`smoke`, as many tokens", "smoke", 320, 250),
-             ("smoke-clock", "`smoke`, as much time", "smoke", 640, 500))}
+TWIN = {label: variant(f"twin-{label}", f"PRESET={preset} ITERATIONS={steps} WARMDOWN_ITERS={warmdown} "
+                       f"{SCORED} STAGES=train,quantize,evaluate")
+        for label, preset, steps, warmdown in (
+            ("1855", "pr1855_smoke", 425, 0), ("smoke", "smoke", 425, 333),
+            ("smoke-clock", "smoke", 850, 667), ("1855-long", "pr1855_smoke", 850, 0),
+            ("smoke-long", "smoke", 1700, 1333))}
+TWINS = [(title, TWIN[twin], TWIN[label])  # what a row is compared with, and what it shows
+         for twin, tokens, clock in (("1855", "smoke", "smoke-clock"),
+                                     ("1855-long", "smoke-clock", "smoke-long"))
+         for title, label in (("`pr1855_smoke`", twin), ("`smoke`, as many tokens", tokens),
+                              ("`smoke`, as much time", clock))]
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -342,8 +347,8 @@ def qat_at_rate_table(bench: Bench) -> list[str]:
 
 def twins_table(bench: Bench) -> list[str]:
     """#1855's twin against `smoke` at equal tokens and at equal time."""
-    rows, (twin, *_) = [], TWINS.values()
-    for title, what in TWINS.items():
+    rows = []
+    for title, twin, what in TWINS:
         row = [title]
         for score in ("bpb.float", "bpb.roundtrip"):
             bpb = bench.values(what, score)
@@ -373,7 +378,7 @@ STUDIES = {  # name: variants, and the table over their finished runs
     "steps-after-qat": (list(STEPS_AFTER_QAT.values()), after_qat_table),
     "qat-at-rate": (list(QAT_AT_RATE.values()), qat_at_rate_table),
     "ttt": (list(TTT.values()), ttt_table),
-    "twins": (list(TWINS.values()), twins_table),
+    "twins": ([*TWIN.values()], twins_table),
 }
 
 
