@@ -126,7 +126,7 @@ PRESETS: dict[str, dict[str, object]] = {
         muon_coefficients="polar", muon_wd=0.095, embed_wd=0.085, adam_wd=0.02, beta2=0.99,
         warmdown_frac=0.85, min_lr=0.1, ema_decay=0.9965, late_qat_threshold=0.0,
         step_rule="sigma", attn_bits=6, mlp_bits=6, embed_bits=7, embed_gptq=True, prune_pct=0.0,
-        gptq_calib_sequences=768, ttt_enabled=False,
+        gptq_calib_sequences=768, ttt_mode="documents", ttt_lr=7e-5, ttt_temperature=1.0,
     ),
 }
 # What two CPU cores take in minutes.
@@ -146,7 +146,8 @@ PRESETS["smoke"] = SMALL | dict(
 )
 PRESETS["pr1855_smoke"] = PRESETS["pr1855"] | SMALL | dict(
     num_layers=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3, qk_gain_init=3.0,
-    train_seq_schedule="128@0.1")
+    train_seq_schedule="128@0.1", ttt_lora_rank=16, ttt_lr=5e-4, ttt_chunks="1024:16,inf:32",
+    ttt_context=256, ttt_fresh=16)
 
 # The submissions' other spellings: the setting, and of a switch what 0 and 1 say of it, - for nothing.
 SPELLINGS = {
@@ -230,7 +231,14 @@ def problems(hp: Hyperparameters) -> list[str]:
          f"VE_LAYERS must be different layers below NUM_LAYERS={hp.num_layers}; VE_ENABLED=0 needs none"),
         (hp.document_mask and (hp.train_batch_tokens % SPANS_PER_STEP or hp.rope_ntk_reference),
          f"DOCUMENT_MASK needs TRAIN_BATCH_TOKENS % {SPANS_PER_STEP} = 0 and ROPE_NTK_REFERENCE=0"),
-        (hp.document_mask and hp.ttt_enabled, "TTT knows no documents: set TTT_ENABLED=0 or DOCUMENT_MASK=0"),
+        (hp.document_mask and hp.ttt_enabled and hp.ttt_mode == "chunks",
+         "TTT on chunks knows no documents: set TTT_MODE=documents, TTT_ENABLED=0 or DOCUMENT_MASK=0"),
+        (not re.fullmatch(r"([1-9]\d{0,8}:[1-9]\d{0,4},)*inf:[1-9]\d{0,4}", hp.ttt_chunks, re.ASCII),
+         "TTT_CHUNKS must read LENGTH:CHUNK,LENGTH:CHUNK,inf:CHUNK"),
+        (max(map(int, re.findall(r":(\d{1,9})", hp.ttt_chunks)), default=0) > hp.ttt_context,
+         "TTT_CONTEXT must hold the largest chunk of TTT_CHUNKS"),
+        (hp.ttt_enabled and hp.ttt_mode == "documents" and hp.rope_ntk_reference,
+         "TTT_MODE=documents needs ROPE_NTK_REFERENCE=0: keys are kept as they were turned"),
         (hp.train_batch_tokens % hp.train_seq_len, "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN"),
         (not re.fullmatch(r"([1-9]\d{0,8}@(1|0?\.\d+)(,|$))*", hp.train_seq_schedule, re.ASCII)
          or max(map(int, re.findall(r"(\d+)@", hp.train_seq_schedule)), default=0) > hp.train_seq_len,
@@ -350,7 +358,13 @@ class Hyperparameters:
     eval_stride: int = _score(32, "tokens between sliding windows", COUNT)
     skip_sliding: bool = _score(True, "no sliding score without test-time training")
     eval_seconds: float = _score(600.0, "evaluation clock; TTT stops in time (0: none)")
+    canonical_mask: bool = _score(False, "no probability on what the tokenizer never emits")
     ttt_enabled: bool = _score(True, "score-first test-time training", off=False)
+    ttt_mode: str = _score("chunks", "of the split, or of each document", choices=("chunks", "documents"))
+    ttt_lora_rank: int = _score(64, "of a document's adapters", SIZE)
+    ttt_chunks: str = _score("256:8,2048:16,inf:48", "chunks of documents up to a length")
+    ttt_context: int = _score(2560, "tokens that a document's chunk sees, with its own", COUNT)
+    ttt_fresh: int = _score(64, "of these, computed again before a chunk; older keys and values are kept")
     ttt_optimizer: str = _score("adamw", "optimiser of TTT", choices=("adamw", "sgd"))
     ttt_lr: float = _score(1e-4, "learning rate at the first chunk")
     ttt_momentum: float = _score(0.9, "momentum of sgd")
@@ -395,9 +409,11 @@ class Hyperparameters:
         """T while training: a span of the text whole, or a part of it."""
         return self.train_batch_tokens // SPANS_PER_STEP if self.document_mask else self.train_seq_len
 
-    def changed(self) -> dict[str, object]:
-        usual = vars(Hyperparameters(preset=self.preset, **PRESETS[self.preset]))
-        return {name: value for name, value in vars(self).items() if value != usual[name]}
+
+def changed(hp: Hyperparameters) -> dict[str, object]:
+    """What differs from the preset."""
+    usual = vars(Hyperparameters(preset=hp.preset, **PRESETS[hp.preset]))
+    return {name: value for name, value in vars(hp).items() if value != usual[name]}
 
 
 def settings_table() -> str:
@@ -1042,6 +1058,54 @@ class ByteTable:
         return torch.from_numpy(self.bytes[t] + (self.space[t] & ~self.boundary[p]))
 
 
+def canonical_mask(processor: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """(V, V) bool, True where the encoder never emits piece b after a: it would split their text otherwise.
+
+    Each piece is merged from its characters as the encoder does, best score first, leftmost of equals. Side
+    by side, two pieces take their merges in order of the lowest score so far. Where a merge across their
+    border comes first, a and b do not follow each other. modded-nanogpt PR #350 has the idea.
+    """
+    count = processor.get_piece_size()
+    score = {processor.id_to_piece(i): processor.get_score(i) for i in range(count) if not (
+        processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) or processor.is_byte(i))}
+    ends, begins = collections.defaultdict(list), collections.defaultdict(list)  # of a symbol: states
+    for i in range(count):
+        parts, enter, head, states = [*processor.id_to_piece(i)], math.inf, math.inf, []
+        while head > -math.inf:
+            heads = [score.get(a + b, -math.inf) for a, b in itertools.pairwise(parts)]
+            head = max(heads, default=-math.inf)
+            states.append((parts[0], parts[-1], head, min(enter, head), enter))
+            if head > -math.inf:
+                enter, at = min(enter, head), heads.index(head)
+                parts[at: at + 2] = ["".join(parts[at: at + 2])]
+        for first, last, *state in states if parts[1:] == [] and parts[0] in score else ():  # it arises whole
+            begins[first].append((i, *state))
+            ends[last].append((i, *state))
+    columns = lambda states: np.array(states).T if states else np.zeros((4, 0))
+    ends, begins = ({symbol: columns(states) for symbol, states in side.items()} for side in (ends, begins))
+    never = np.zeros((count, count), bool)
+    for piece, c in score.items():
+        for split in range(1, len(piece)):
+            if piece[:split] in ends and piece[split:] in begins:
+                a, b = ends[piece[:split]], begins[piece[split:]]
+                a, b = a[:, a[1] < c], b[:, b[1] <= c]
+                meet = (a[2][:, None] <= b[3]) & (b[2] <= a[3][:, None])
+                which = np.nonzero(meet)
+                never[a[0].astype(int)[which[0]], b[0].astype(int)[which[1]]] = True
+    return never
+
+
+NOT_CANONICAL = "this tokenizer does not encode these documents so in one call each; set CANONICAL_MASK=0"
+
+
+def check_mask(never: np.ndarray, shards: list[np.ndarray], most: int = 10_000_000) -> None:
+    """UserError where training tokens follow each other that the mask forbids."""
+    for shard in shards:
+        text, most = shard[:most], max(most - len(shard), 0)
+        if wrong := int(never[text[:-1], text[1:]].sum()):
+            raise UserError(f"CANONICAL_MASK forbids {wrong} of {len(text)} training tokens; {NOT_CANONICAL}")
+
+
 class TokenStream:
     """Training tokens in their published order, wrapping around."""
     def __init__(self, shards: list[np.ndarray]):
@@ -1418,7 +1482,13 @@ class Context:
     rotary: Tensor             # (2, T, 1, rope_dims / 2)
     values: dict[int, Tensor]  # by layer: (B, T, G d), to be added to V
     segments: tuple[Tensor, ...]  # () or bounds (S + 1,) that attention stays inside
+    document: Callable | None = None  # what a document's adapters add, and its earlier keys and values
+    visit: int = 0             # the position in the plan
     first_value: Tensor | None = None  # (B, T, G, d), V of the first layer that ran
+
+    def adapted(self, y: Tensor, target: str, x: Tensor) -> Tensor:
+        """A projection's output, with the adapters' own of x where there are any."""
+        return y if self.document is None else self.document.add(y, target, x, self.visit)
 
 
 class ValueResidual:
@@ -1506,17 +1576,20 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         heads = -1, self.width
-        q = rms_norm(self.c_q(x).unflatten(2, heads))  # (B, T, H, d)
-        k = rms_norm(self.c_k(x).unflatten(2, heads))  # (B, T, G, d)
-        v = self.c_v(x).unflatten(2, heads)
+        q, k, v = (context.adapted(linear(x), name, x).unflatten(2, heads) for name, linear in (
+            ("q", self.c_q), ("k", self.c_k), ("v", self.c_v)))
+        q, k = rms_norm(q), rms_norm(k)  # (B, T, H, d), (B, T, G, d)
         for value_part in self.value_parts.values():
             v = value_part(v, context)
         q = q * self.q_gain.to(q.dtype).view(-1, 1).expand(*q.shape[:3], 1)  # its gradient is summed in rows
         q, k = (apply_rotary(x, *context.rotary) for x in (q, k))
-        y = self.attend(q, k, v, *context.segments)
+        if context.document is None:
+            y = self.attend(q, k, v, *context.segments)
+        else:
+            y = context.document.attend(q, k, v, context.visit)
         for output_part in self.output_parts.values():
             y = output_part(y, v, x)
-        return self.proj(y.flatten(2))
+        return context.adapted(self.proj(y.flatten(2)), "o", x)
 
 
 class MLP(nn.Module):
@@ -1548,14 +1621,15 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * context.x0
         return x, self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, context)
 
-    def transformed(self, x: Tensor) -> Tensor:
+    def transformed(self, x: Tensor, context: Context) -> Tensor:
         """What the MLP adds."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale)
+        x = rms_norm(x) * self.input_scale
+        return self.mlp_scale.to(x.dtype) * context.adapted(self.mlp(x), "mlp", x)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x, added = self.attended(x, context)
         x = x + added
-        return x + self.transformed(x)
+        return x + self.transformed(x, context)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -1565,15 +1639,19 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     c tanh(z / c) is 2 c u less a constant, and its slope 4 u (1 - u): four times faster than tanh on a CPU.
     """
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float,
+                tokens: Tensor | None = None, never: Tensor | None = None) -> Tensor:
         N, V = hidden.size(0), weight.size(0)
         chunk = max(tuning_of(hidden).logits // V, 1)
+        tokens = targets if never is None else tokens
         cast, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=weight.dtype, device=hidden.device)
         to_hidden, to_weight = [], torch.zeros_like(weight)
-        for h, y in zip(hidden.split(chunk), targets.unsqueeze(1).split(chunk)):
+        for h, y, before in zip(*(x.split(chunk) for x in (hidden, targets.unsqueeze(1), tokens))):
             u = (h @ cast.mT).to(wide).mul_(2 / softcap).sigmoid_()
-            log_p = F.log_softmax(u * (2 * softcap), dim=-1)
+            capped = u * (2 * softcap)
+            capped = capped if never is None else capped.masked_fill(never[before], -math.inf)
+            log_p = F.log_softmax(capped, dim=-1)
             loss = loss - log_p.gather(1, y).sum()
             to_capped = tuning_of(h).less_target(log_p.exp_(), y)
             to_logits = to_capped.mul_(torch.addcmul(u, u, u, value=-1)).to(h.dtype)
@@ -1585,7 +1663,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, to_loss: Tensor):
         to_hidden, to_weight = ctx.saved_tensors
-        return to_hidden * to_loss.to(to_hidden.dtype), to_weight * to_loss, None, None
+        return to_hidden * to_loss.to(to_hidden.dtype), to_weight * to_loss, *4 * (None,)
 
 
 @dataclass(frozen=True)
@@ -1613,10 +1691,12 @@ class GPT(nn.Module):
 
     segments  bounds that attention stays inside, as of segment_starts
     looping   whether layers run again; a plain attribute, and a graph of its own where it is compiled
+    never     canonical_mask's (V, V) on the device, or None; tokens that it forbids get no probability
     """
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.hp, self.looping, self.plans = hp, hp.num_loops > 0, (plan(hp, False), plan(hp, True))
+        self.never: Tensor | None = None
         self.tok_emb = Embedding(hp.vocab_size, hp.model_dim, std=0.005)
         self.embedding_parts = {
             name: part(hp, self) for name, (part, wanted) in EMBEDDING_PARTS.items() if wanted(hp)}
@@ -1672,12 +1752,13 @@ class GPT(nn.Module):
     def in_lanes(self, layer: int, lanes: list[Tensor], context: Context) -> list[Tensor]:
         """Attention of the first lane and MLP of the second side by side, each added to both (#1855)."""
         block, dtype = self.blocks[layer], lanes[0].dtype
-        added = block.attended(lanes[0], context)[1], block.transformed(lanes[1])
+        added = block.attended(lanes[0], context)[1], block.transformed(lanes[1], context)
         keep, take = (p[layer].to(dtype) for p in (self.parallel_resid_lambdas, self.parallel_post_lambdas))
         return [keep[lane] * x + take[0, lane] * added[0] + take[1, lane] * added[1]
                 for lane, x in enumerate(lanes)]
 
-    def hidden(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, segments: Tensor | None = None,
+               document: Callable | None = None) -> Tensor:
         """The normed stream before the output layer; (B, T) -> (B, T, D)."""
         hp, device, x = self.hp, tokens.device, self.tok_emb(tokens)
         autocast = torch.is_autocast_enabled(device.type)
@@ -1687,10 +1768,12 @@ class GPT(nn.Module):
             x = part(x, tokens)
         rope = hp.rope_dims, hp.rope_base, hp.rope_ntk_reference, device, dtype
         inside = () if segments is None else (segments,)
-        context = Context(x, rotary_tables(tokens.size(1), *rope), self.values(tokens, dtype), inside)
+        first = document.first if document else 0
+        rotary = rotary_tables(first + tokens.size(1), *rope)[:, first:]
+        context = Context(x, rotary, self.values(tokens, dtype), inside, document)
         lanes, outputs = [x], {}
         for position, visit in enumerate(self.plans[self.looping]):
-            lanes = lanes * visit.lanes
+            lanes, context.visit = lanes * visit.lanes, position
             if visit.skip_from is not None:
                 lanes[0] = self.with_skip(lanes[0], visit.skip_row, outputs.pop(visit.skip_from))
             if len(lanes) == 1:
@@ -1701,9 +1784,10 @@ class GPT(nn.Module):
                 outputs[position] = lanes[0]
         return rms_norm(sum(lanes[1:], lanes[0]))  # whose mean has the same direction
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, document: Callable | None = None) -> Tensor:
         """Soft-capped, at least float32; (..., D) -> (..., V)."""
         z = F.linear(hidden, self.tok_emb.weight.to(hidden.dtype))
+        z = document.add(z, "head", hidden) if document else z
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.hp.logit_softcap * torch.tanh(z / self.hp.logit_softcap)
 
@@ -1713,7 +1797,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         return SoftcapCrossEntropy.apply(hidden.flatten(0, 1), self.tok_emb.weight, targets.flatten(),
-                                         self.hp.logit_softcap)
+                                         self.hp.logit_softcap, tokens.flatten(), self.never)
 
 
 def shell(hp: Hyperparameters) -> GPT:
@@ -1789,16 +1873,26 @@ def adaptive_temperature(logits: Tensor, low: float) -> Tensor:
 
 
 def token_losses(model: GPT, tokens: Tensor, targets: Tensor, scored: int, temperature: float = 1.0,
-                 segments: Tensor | None = None) -> Tensor:
+                 segments: Tensor | None = None, document: Callable | None = None) -> Tensor:
     """Nats of each window's last `scored` targets; (B, T), (B, T) -> (B, scored) float32."""
-    hidden, wanted = model.hidden(tokens, segments)[:, -scored:], targets[:, -scored:]
+    hidden = model.hidden(tokens, segments, document)[:, -scored:]
     part, losses = max(tuning_of(hidden).scored // scored, 1), []
-    for h, y in zip(hidden.split(part), wanted.split(part)):
-        logits = model.logits(h)
+    part = len(hidden) if document else part  # whose rows have adapters of their own
+    for h, before, y in zip(*(x.split(part) for x in (hidden, tokens[:, -scored:], targets[:, -scored:]))):
+        logits = model.logits(h, document)
         if temperature != 1.0:
             logits = adaptive_temperature(logits, temperature)
+        if model.never is not None:
+            logits = logits.masked_fill(model.never[before], -math.inf)
         losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(-1, scored))
     return torch.cat(losses)
+
+
+def finite(score: Score) -> Score:
+    """The score; UserError for a realised token that the mask forbids."""
+    if math.isinf(score.nats):
+        raise UserError(f"CANONICAL_MASK forbids a token of the text; {NOT_CANONICAL}")
+    return score
 
 
 def document_windows(tokens: Tensor, most: int) -> list[Window]:
@@ -1851,11 +1945,11 @@ def evaluate(model: GPT, tokens: Tensor, byte_counts: Tensor, windows: list[Wind
         if progress and progress.due():
             progress(batch[-1][1] - windows[mine.start][2], Score(*total.tolist()).val_bpb)
     nats, positions, count = world.sum_(total).tolist()
-    return Score(nats, int(positions), int(count))
+    return finite(Score(nats, int(positions), int(count)))
 
 
 def score_split(run: Run, model: GPT, validation: Validation, stride: int, name: str,
-                score_fn: Callable = token_losses) -> Score:
+                score_fn: Callable = token_losses, nll: Tensor | None = None) -> Score:
     """Score the whole validation split, a window every `stride` positions, or by documents."""
     hp, world, positions = run.hp, run.world, len(validation.byte_counts)
     batch_tokens = scoring_batch_tokens(hp, world)
@@ -1864,7 +1958,7 @@ def score_split(run: Run, model: GPT, validation: Validation, stride: int, name:
         windows, score_fn = document_windows(validation.tokens, batch_tokens), token_losses
     progress = ProgressLine(run.log, name, positions // world.size)
     return evaluate(model, validation.tokens, validation.byte_counts, windows, world, batch_tokens,
-                    score_fn=score_fn, progress=progress)
+                    score_fn=score_fn, nll=nll, progress=progress)
 
 
 # ----------------------------------------------------------
@@ -2917,7 +3011,10 @@ def forecast(run: Run, positions: int, reserve: float, pace: float) -> str:
     steps = min(hp.iterations, (limit - reserve) / pace) if limit else hp.iterations
     plain, scores = positions * token / 3, "evaluate" in hp.stages
     sliding = scores * plain * hp.eval_seq_len / hp.eval_stride
-    ttt = min(sliding + scores * hp.ttt_epochs * positions * 3 * token, hp.eval_seconds or math.inf)
+    documents = hp.ttt_mode == "documents"
+    passes = 1 + hp.ttt_fresh / int(hp.ttt_chunks.split(":")[-1]) if documents else hp.ttt_epochs
+    ttt = sliding * (not documents) + scores * passes * positions * 3 * token
+    ttt = min(ttt, hp.eval_seconds or math.inf)
     seconds = {"training": steps * pace, "ttt": ttt * hp.ttt_enabled, "quantising": reserve,
                "sliding": sliding * (not hp.skip_sliding), "plain": plain * (1 + scores)}
     cheaper = {"training": f"ITERATIONS={steps / 2:.0f}", "sliding": f"EVAL_STRIDE={2 * hp.eval_stride}",
@@ -3196,6 +3293,172 @@ def evaluate_ttt(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, 
                    "score_seconds": sum(taken for _, taken in scoring), "train_seconds": sum(training)}
 
 
+# Adam's steps make alpha times the rate what counts; targets are worth within 0.0005 bpb of each other.
+ADAPTED, ALPHA = ("k", "v", "o", "mlp", "head"), 144.0
+
+
+class DocumentAdapters:
+    """Low-rank additions to projections, a set for each document of a batch, and its keys and values.
+
+    At every visit y gets alpha / rank * B A x (arXiv:2106.09685), where x is the input of the attention (for
+    k, v, o), of the MLP or of the head (#1855). A is drawn by SEED, alike for all documents; B starts at 0.
+    So what a document gets depends on it and the artifact alone, in any order and batch, on any rank.
+    """
+    def __init__(self, model: GPT, documents: int):
+        hp, like = model.hp, model.tok_emb.weight
+        D, rank, draw = hp.model_dim, hp.ttt_lora_rank, torch.Generator().manual_seed(hp.seed)
+        widths = dict.fromkeys("kv", D // hp.num_heads * hp.num_kv_heads) | {"head": hp.vocab_size}
+        slots = [(target, visit) for target in ADAPTED
+                 for visit in range(1 if target == "head" else len(model.plans[model.looping]))]
+        self.hp, self.scale, self.pairs = hp, ALPHA / rank, {}
+        for target, visit in slots:
+            A = (2 * torch.rand(rank, D, generator=draw) - 1) / D ** 0.5
+            A = A.to(like).repeat(documents, 1, 1)
+            B = A.new_zeros(documents, widths.get(target, D), rank)
+            self.pairs[target, visit] = A.requires_grad_(), B.requires_grad_()
+        trained = [each for pair in self.pairs.values() for each in pair]
+        self.optimiser = torch.optim.AdamW(trained, hp.ttt_lr, (0.0, 0.99), 1e-10, 0.5, fused=True)
+        self.kept, self.kept_from, self.first, self.steps = {}, 0, 0, 0
+
+    def add(self, y: Tensor, target: str, x: Tensor, visit: int = 0) -> Tensor:
+        """y (B, T, out) and the adapters' of x (B, T, D)."""
+        if (target, visit) not in self.pairs:
+            return y
+        A, B = (each[: len(x)] for each in self.pairs[target, visit])
+        return y + self.scale * (x @ A.mT) @ B.mT
+
+    def place(self, end: int, chunk: int) -> int:
+        """Go on to the chunk that ends there; returns the first token to be read again.
+
+        Two tokens before the first fresh one are read for what they hand on to it at the embedding
+        """
+        self.seen_from = max(end - self.hp.ttt_context, 0)
+        fresh = max(end - chunk - self.hp.ttt_fresh, self.seen_from)
+        self.first = max(fresh - 2, 0)
+        self.lead = fresh - self.first
+        self.old = slice(self.seen_from - self.kept_from, fresh - self.kept_from)
+        device, n = self.optimiser.param_groups[0]["params"][0].device, end - self.first
+        own = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        own[self.lead:, : self.lead] = False
+        self.mask = F.pad(own, (fresh - self.seen_from, 0), value=True)
+        self.kept_from = self.seen_from
+        return self.first
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visit: int) -> Tensor:
+        """Causal attention over the kept keys and values and these, which are kept in turn."""
+        before = self.kept.get(visit, (k[:, :0].detach(), v[:, :0].detach()))
+        before = [x[: len(q), self.old] for x in before]
+        self.kept[visit] = [torch.cat((old, x[:, self.lead:].detach()), 1) for old, x in zip(before, (k, v))]
+        heads = q.size(2) // k.size(2)
+        k, v = (torch.cat((old, x), 1).repeat_interleave(heads, 2) for old, x in zip(before, (k, v)))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+
+    def learn(self, losses: Tensor, weights: Tensor) -> None:
+        """One step on the losses (B, T) of a scored chunk; weights of zero leave out a document's last."""
+        (losses * weights).sum().backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.steps += 1
+
+
+def document_batches(hp: Hyperparameters, tokens: Tensor, most: int) -> list[tuple[int, list[Window]]]:
+    """Chunk length and documents (start, end, length), longest first, of at most `most` tokens of context."""
+    bounds = segment_starts(tokens[None, :-1], len(tokens)).tolist()
+    limits = [(float(limit), int(chunk)) for limit, chunk in re.findall(r"(\w+):(\d+)", hp.ttt_chunks)]
+    chunk_of = lambda length: next((chunk for limit, chunk in limits if length <= limit), limits[-1][1])
+    found = []
+    documents = [(start, end, end - start) for start, end in itertools.pairwise(bounds)]
+    documents.sort(key=lambda each: (-chunk_of(each[2]), -each[2], each[0]))
+    for chunk, alike in itertools.groupby(documents, lambda each: chunk_of(each[2])):
+        alike = collections.deque(alike)
+        while alike:
+            count = max(most // min(alike[0][2], hp.ttt_context), 1)
+            found.append((chunk, [alike.popleft() for _ in range(min(count, len(alike)))]))
+    return found
+
+
+def evaluate_documents(model: GPT, tokens: Tensor, byte_counts: Tensor, world: World, log: RunLog,
+                       seconds: float = math.inf, nll: Tensor | None = None, most: int = 0,
+                       adapters: Callable = DocumentAdapters) -> tuple[Score, dict]:
+    """Score every position once, each document by itself, chunk by chunk, while its adapters learn it.
+
+    A chunk's losses are banked, then the mean of the same losses is trained on; a document's last chunk is
+    not. Training stops in time for `seconds`; what is left is scored without. `most` tokens are in a batch.
+    """
+    hp, start, device = model.hp, time.perf_counter(), world.device
+    batches = document_batches(hp, tokens, most or scoring_batch_tokens(hp, world))
+    cost = lambda chunk, part: len(part) * -(-part[0][2] // chunk) * (chunk + hp.ttt_fresh)
+    batches.sort(key=lambda batch: -cost(*batch))
+    loads, mine = [0] * world.size, []  # dealt by cost, the dearest first
+    for batch in batches:
+        rank = loads.index(min(loads))
+        loads[rank] += cost(*batch)
+        mine += [batch] * (rank == world.rank)
+    model.requires_grad_(False)
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    counts, spent, training = torch.zeros(3, dtype=torch.float64, device=device), 0.0, hp.ttt_lr > 0
+    documents = sum(len(part) for _, part in mine)
+    progress = ProgressLine(log, "ttt", sum(length for _, part in mine for *_, length in part))
+    log(f"ttt batches:{len(batches)} chunks:{hp.ttt_chunks} context:{hp.ttt_context} fresh:{hp.ttt_fresh} "
+        f"rank:{hp.ttt_lora_rank} lr:{hp.ttt_lr}")
+    for chunk, part in mine:
+        document = adapters(model, len(part))
+        starts, lengths = (torch.tensor(each, device=device).unsqueeze(1) for each in list(zip(*part))[::2])
+        for at in range(0, part[0][2], chunk):
+            # 1. whether time is left to learn: scoring alone takes a third
+            active, end = sum(length > at for *_, length in part), at + chunk
+            step, elapsed = active * (chunk + hp.ttt_fresh), time.perf_counter() - start
+            ahead = step + (loads[world.rank] - spent) / 3
+            training = training and (not spent or elapsed * (1 + 1.1 * ahead / spent) <= seconds)
+            # 2. the chunk's losses are banked
+            first = document.place(end, chunk)
+            index = starts[:active] + torch.arange(first, end + 1, device=device)
+            text = tokens[index.clamp_max(len(tokens) - 1)].to(torch.int64)
+            with torch.set_grad_enabled(training), world.autocast():
+                losses = token_losses(model, text[:, :-1], text[:, 1:], chunk, hp.ttt_temperature,
+                                      document=document)
+            there = torch.arange(at, end, device=device) < lengths[:active]
+            losses, where = losses.masked_fill(~there, 0.0), index[:, -chunk - 1: -1][there]
+            found = losses.detach(), there, byte_counts[where]
+            total += torch.stack([each.double().sum() for each in found])
+            if nll is not None:
+                nll[where.cpu()] = losses.detach()[there].float().cpu()
+            # 3. and then trained on
+            weights = (lengths[:active] > end) / chunk
+            if training and part[0][2] > end:
+                document.learn(losses, weights)
+            spent += step
+            if progress.due():
+                progress(int(total[1]), Score(*total.tolist()).val_bpb,
+                         f" documents:{counts[0]:.0f}/{documents}")
+        counts += torch.tensor([len(part), len(part) * training, document.steps], device=device)
+        log.metric("ttt", step=int(counts[0]), bpb=Score(*total.tolist()).val_bpb, positions=int(total[1]),
+                   seconds=time.perf_counter() - start)
+    nats, positions, count = world.sum_(total).tolist()
+    if positions != len(byte_counts):
+        raise RuntimeError(f"scored {positions:.0f} of {len(byte_counts)} positions")
+    documents, learnt, steps = map(int, world.sum_(counts).tolist())
+    return finite(Score(nats, int(positions), int(count))), {
+        "documents": documents, "untrained_documents": documents - learnt, "steps": steps,
+        "seconds": time.perf_counter() - start}
+
+
+def by_length(tokens: Tensor, byte_counts: Tensor, world: World, **nll: Tensor) -> dict[str, dict]:
+    """Documents, positions and bits per byte of each scorer's losses, by powers of two of the length."""
+    bounds = segment_starts(tokens[None, :-1], len(tokens)).cpu().long()
+    lengths = bounds.diff()
+    octave = lengths.double().log2().floor().long()
+    kinds = octave.repeat_interleave(lengths)
+    sums = {name: world.sum_(torch.bincount(kinds, losses.double()).to(world.device)).tolist()
+            for name, losses in nll.items()}
+    counts = torch.bincount(kinds, byte_counts.cpu().double()).tolist()
+    return {f"{2 ** k}..{2 ** (k + 1) - 1}": {
+        "documents": int((octave == k).sum()), "positions": int((kinds == k).sum()),
+        **{name: each[k] / math.log(2) / max(counts[k], 1) for name, each in sums.items()}}
+        for k in sorted({*octave.tolist()})}
+
+
 # ----------------------------------------------------------
 # 14 Main
 # Train, compress, forget, load, score. A stage hands the next one a plain value, and leaves files for a
@@ -3208,6 +3471,13 @@ def record_score(run: Run, name: str, found: Score) -> None:
     run.log(f"final_{name} {found}")
 
 
+def never_of(run: Run, validation: Validation) -> Tensor | None:
+    """The mask of CANONICAL_MASK on the device, made anew: on a clock where there is one."""
+    if not run.hp.canonical_mask:
+        return None
+    return torch.from_numpy(canonical_mask(validation.table.processor)).to(run.world.device)
+
+
 def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
     """Train, keep the weights in model.pt, score them."""
     hp, stream = run.hp, TokenStream(read_split(run.hp.data_path, "train"))
@@ -3218,6 +3488,7 @@ def train_stage(run: Run, validation: Validation) -> dict[str, Tensor]:
         run.write("model.pt", saved(weights))
         run.record(trained)
     with run.training.phase("float", counted=False):
+        model.never = never_of(run, validation)
         found = score_split(run, model, validation, hp.eval_seq_len, "float")
     record_score(run, "float", found)
     return weights
@@ -3264,19 +3535,29 @@ def score(run: Run, validation: Validation) -> None:
     blob = Path(hp.artifact or run.folder / "artifact.bin").read_bytes()
     with clock.phase("load"):
         model = load_artifact(blob, hp, world)[0].use(run.attend)
+        model.never = never_of(run, validation)
     scorer = compiled(token_losses) if wants_compile(hp, world) else token_losses
     strides = {"roundtrip": hp.eval_seq_len} | ({} if hp.skip_sliding else {"sliding": hp.eval_stride})
+    split = validation.tokens, validation.byte_counts
+    plain, learnt = (torch.zeros(len(validation.byte_counts)) for _ in range(2))
     for name, stride in strides.items():
         with clock.phase(name):
-            found = score_split(run, model, validation, stride, name, scorer)
+            found = score_split(run, model, validation, stride, name, scorer,
+                                plain if name == "roundtrip" else None)
         record_score(run, name, found)
     if hp.ttt_enabled:
         with clock.phase("ttt"):
-            found, proof = evaluate_ttt(model, validation.tokens, validation.byte_counts, world, run.log,
-                                        clock.left, scorer)
+            if hp.ttt_mode == "chunks":
+                found, proof = evaluate_ttt(model, *split, world, run.log, clock.left, scorer, learnt)
+            else:
+                found, proof = evaluate_documents(model, *split, world, run.log, clock.left, learnt)
         record_score(run, "ttt", found)
-        run.log.proof("ttt", proof)
-        run.record({"proofs": {"ttt": proof}})
+        technique = {"chunks": "ttt", "documents": "documents"}[hp.ttt_mode]
+        run.log.proof(technique, proof)
+        lengths = by_length(*split, world, roundtrip=plain, ttt=learnt)
+        for length, values in lengths.items():
+            run.log(f"ttt length:{length} {key_values(values)}")
+        run.record({"proofs": {technique: proof}, "by_length": lengths})
     run.record({"scored_artifact_sha256": sha256(blob), "val_tokens": len(validation.byte_counts),
                 "val_bytes": validation.bytes})
 
@@ -3314,6 +3595,8 @@ def open_run(hp: Hyperparameters, world: World, validation: Validation) -> Path:
         check_ids(shards, hp.vocab_size, world)
         sample = torch.from_numpy(shards[0][:1_000_000].astype(np.int32))
         check_tokenizer(validation.table, sample, validation.sidecar)
+        if hp.canonical_mask:
+            check_mask(canonical_mask(validation.table.processor), shards)
         check_machine(hp, world)
     return folder
 
@@ -3324,7 +3607,7 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
     folder = open_run(hp, world, validation)
     log = RunLog(folder if world.rank == 0 else None)
     log(source.decode(), console=False)
-    log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(hp.changed())}")
+    log(f"run:{folder.name} preset:{hp.preset} stages:{hp.stages} changed:{json.dumps(changed(hp))}")
     for line in (*cautions, world.hardware()):
         log(line)
     log(f"corpus:{validation.corpus!r} val_positions:{len(validation.byte_counts)} "
@@ -3339,7 +3622,7 @@ def begin_run(hp: Hyperparameters, world: World, validation: Validation, caution
     log(choose_dtype(hp, world, known.get("dtype")))
     attention, attend = choose_attention(hp, world, wants_compile(hp, world), log)
     log(f"attention:{attention}")
-    settings = {"preset": hp.preset, "seed": hp.seed, "changed": hp.changed(), "dtype": str(world.dtype)[6:],
+    settings = {"preset": hp.preset, "seed": hp.seed, "changed": changed(hp), "dtype": str(world.dtype)[6:],
                 "settings": vars(hp), "started": datetime.now().isoformat(timespec="seconds")}
     run = Run(hp, world, log, folder, len(source), Budget("training", world, hp.max_wallclock_seconds),
               Budget("evaluation", world, hp.eval_seconds), settings | known | {

@@ -141,7 +141,7 @@ class Bench:
 
     def report(self) -> dict:
         """What the JSON file holds."""
-        return {"subcommand": self.name, "preset": self.hp.preset, "changed": self.hp.changed(),
+        return {"subcommand": self.name, "preset": self.hp.preset, "changed": tg.changed(self.hp),
                 "dtype": str(self.world.dtype)[6:], "compiled": self.compiling,
                 "hardware": self.world.hardware(), "matrix_tflops": self.rates, "rows": self.rows,
                 "counts": self.counts, "notes": self.notes}
@@ -658,7 +658,7 @@ def bench_start(bench: Bench) -> None:
     if not list((ROOT / hp.data_path).glob("fineweb_train_*.bin")):
         bench.notes.append(f"first step: skipped, no corpus in {hp.data_path} (see data/prepare.py)")
         return
-    env = os.environ | {name.upper(): str(value) for name, value in hp.changed().items()} | {
+    env = os.environ | {name.upper(): str(value) for name, value in tg.changed(hp).items()} | {
         "PRESET": hp.preset, "STAGES": "train", "RUN_ID": "", "DATA_PATH": str(ROOT / hp.data_path),
         "TOKENIZER_PATH": str(ROOT / hp.tokenizer_path)}
     command = [sys.executable, str(ROOT / "train_gpt.py")]

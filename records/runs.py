@@ -40,7 +40,7 @@ BOOKKEEPING = (
     "run_id", "stages", "artifact", "resume", "checkpoint_every", "train_log_every", "data_path",
     "tokenizer_path")
 # How the names of the settings begin that only scoring reads.
-SCORING = ("eval_", "ttt_", "skip_sliding")
+SCORING = ("eval_", "ttt_", "skip_sliding", "canonical_mask")
 
 
 class Mistake(Exception):
@@ -195,7 +195,9 @@ PROOFS = {
     "averaging?": (NULL, {"exported?": TEXT, "distance_from_raw": NUMBER}),
     "quantizer?": {"attn?": ERRORS, "mlp?": ERRORS, "matrices?": {NO_CONTROLS: [NUMBER, NUMBER]}},
     "ttt?": (NULL, {"chunks": COUNT, "steps": COUNT, "parameters": COUNT, "weight_change": NUMBER,
-                       "untrained_from_chunk?": (NULL, COUNT)})}
+                       "untrained_from_chunk?": (NULL, COUNT)}),
+    "documents?": {"documents": COUNT, "untrained_documents": COUNT, "steps": COUNT}}
+BY_LENGTH = {NO_CONTROLS: {"documents": COUNT, "positions": COUNT, "roundtrip": NUMBER, "ttt": NUMBER}}
 RESULT = {f"{key}?": shape for key, shape in {
     "preset": TEXT, "seed": SEED, "changed": SETTINGS, "settings": SETTINGS, "dtype": PREPARED["dtype?"],
     "scored_with": PREPARED, "started": TEXT, "corpus": TEXT, "data_path": TEXT, "hardware": TEXT,
@@ -203,7 +205,7 @@ RESULT = {f"{key}?": shape for key, shape in {
     "params": COUNT, "steps": COUNT, "step_ms": NUMBER, "tokens_seen": COUNT, "peak_memory": NUMBER,
     "val_tokens": (NULL, SIZE), "val_bytes": (NULL, SIZE), "bpb": {NO_CONTROLS: (NULL, SCORE)},
     "val_loss": {NO_CONTROLS: (NULL, SCORE)}, "artifact": (EMPTY, ARTIFACT),
-    "budget": {NO_CONTROLS: CLOCK}, "proofs": PROOFS}.items()}
+    "budget": {NO_CONTROLS: CLOCK}, "proofs": PROOFS, "by_length": BY_LENGTH}.items()}
 FINISHED = dict.fromkeys(("preset", "seed", "bpb", "corpus"), Kind("there", lambda value: True))
 TECHNIQUES = {"artifact_sha256": TEXT,
               "techniques": {NO_CONTROLS: {"loss": NUMBER, "loss_without": NUMBER}}}

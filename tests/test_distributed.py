@@ -159,8 +159,9 @@ TRAINED = {"STAGES": "train,quantize", "RUN_ID": "trained3"}
 # Loops from the fifth step on, lanes, documents; spans of two rows, dealt whole.
 LOOPED = {
     "PRESET": "pr1855_smoke", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "1",
-    "PARALLEL_START_LAYER": "2", "LATE_QAT_THRESHOLD": "0", "TTT_ENABLED": "0", "BIGRAM_VOCAB_SIZE": "0",
-    "SKIP_SLIDING": "1", "TRAIN_SEQ_SCHEDULE": "32@0.5",
+    "PARALLEL_START_LAYER": "2", "LATE_QAT_THRESHOLD": "0", "TTT_ENABLED": "1", "BIGRAM_VOCAB_SIZE": "0",
+    "SKIP_SLIDING": "1", "TRAIN_SEQ_SCHEDULE": "32@0.5", "TTT_MODE": "documents", "TTT_LORA_RANK": "4",
+    "TTT_TEMPERATURE": "1", "CANONICAL_MASK": "1",
 }  # fmt: skip
 STOPPED_IN, STOPPED = 7, {"STAGES": "train", "WARMUP_STEPS": "0", "RUN_ID": "stopped"}
 KILLED_IN, KILLED = 7, STOPPED | {"RUN_ID": "killed", "GRAD_ACCUM_STEPS": "2", "CHECKPOINT_EVERY": "4"}
@@ -288,8 +289,14 @@ def test_loops_lanes_and_documents_on_several_ranks(pool, size):
     assert mine == pytest.approx(theirs, rel=1e-4)
     many, one = result_of(pool[0], f"looped{size}"), result_of(pool[0], "looped1")
     assert many["world_size"] == size
-    for name in ("float", "roundtrip"):
+    for name in ("float", "roundtrip", "ttt"):
         assert many["bpb"][name] == pytest.approx(one["bpb"][name], rel=1e-3), name
+    lengths, proof = one["by_length"], one["proofs"]["documents"]
+    assert many["proofs"]["documents"]["documents"] == proof["documents"] > 4 and proof["steps"] > 0
+    assert proof["untrained_documents"] == 0
+    assert sum(row["documents"] for row in lengths.values()) == proof["documents"]
+    for length, row in many["by_length"].items():
+        assert row == pytest.approx(lengths[length], rel=1e-3), length
     assert "\nlooping:on step:" in (pool[0] / f"logs/looped{size}/log.txt").read_text()
 
 

@@ -97,7 +97,7 @@ def test_the_result_has_every_field(full_run, tiny, tiny_hp, model):
     result, hp = result_of(folder), tiny_hp
     assert result["preset"] == "smoke" and result["seed"] == hp.seed and result["dtype"] == "float32"
     assert result["steps"] == hp.iterations and result["tokens_seen"] == hp.iterations * hp.train_batch_tokens
-    assert result["changed"] == json.loads(json.dumps(hp.changed() | {"run_id": "run"}))
+    assert result["changed"] == json.loads(json.dumps(tg.changed(hp) | {"run_id": "run"}))
     script = (ROOT / "train_gpt.py").read_bytes()
     assert result["script_sha256"] == hashlib.sha256(script).hexdigest()
     assert result["params"] == sum(p.numel() for p in model.parameters())

@@ -83,11 +83,13 @@ class Digits:
 
     read, put_out, hp = 0, 0, HP
 
-    def hidden(self, tokens, segments=None):
+    never = None
+
+    def hidden(self, tokens, segments=None, document=None):
         self.read += tokens.numel()
         return tokens.float().unsqueeze(-1)
 
-    def logits(self, hidden):
+    def logits(self, hidden, document=None):
         self.put_out += hidden.shape[:2].numel()
         return -(torch.arange(16.0) - (3 * hidden) % 16).abs()
 
@@ -156,7 +158,7 @@ def test_sums_are_float64():
     """One loss of 2^30 nats among losses of 64, which a float32 sum drops: its step there is 128."""
 
     class Extremes(Digits):
-        def logits(self, hidden):
+        def logits(self, hidden, document=None):
             return torch.tensor([0.0, -64.0, -(2.0**30)]).expand(*hidden.shape[:2], 3)
 
     tokens, byte_counts = torch.ones(1001, dtype=torch.int32), torch.full((1000,), 255, dtype=torch.uint8)

@@ -128,13 +128,13 @@ def test_the_small_presets_switch_every_technique_on_and_count_steps():
 
 @pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset in ON for name in ON[preset]])
 def test_every_technique_can_be_switched_off_alone(preset, name):
-    assert from_env({"PRESET": preset, name.upper(): str(OFF[name])}).changed() == {name: OFF[name]}
+    assert tg.changed(from_env({"PRESET": preset, name.upper(): str(OFF[name])})) == {name: OFF[name]}
 
 
 @pytest.mark.parametrize("preset", ON)
 def test_all_techniques_can_be_switched_off_together(preset):
     env = {name.upper(): str(off) for name, off in OFF.items()}
-    assert from_env(env | {"PRESET": preset}).changed() == ON[preset]
+    assert tg.changed(from_env(env | {"PRESET": preset})) == ON[preset]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -199,13 +199,13 @@ def test_the_presets_are_the_two_submissions():
 
 
 def test_the_run_line_of_606_is_the_preset():
-    assert from_env(RUN_606).changed() == from_env(RUN_606 | REST_606).changed() == {"seed": 42}
+    assert tg.changed(from_env(RUN_606)) == tg.changed(from_env(RUN_606 | REST_606)) == {"seed": 42}
     assert dataclasses.replace(from_env(RUN_606), seed=1337) == from_env({})
 
 
 def test_the_run_line_of_601_is_its_preset():
     for env in (RUN_601, RUN_601 | REST_601):
-        assert from_env(env | {"PRESET": "pr601"}).changed() == {"grad_accum_steps": 8}
+        assert tg.changed(from_env(env | {"PRESET": "pr601"})) == {"grad_accum_steps": 8}
 
 
 def test_the_run_line_of_601_over_another_preset():
@@ -238,7 +238,7 @@ SPELT = [
 
 @pytest.mark.parametrize(("name", "text", "field", "value"), SPELT)
 def test_other_spellings_set_the_field_and_no_other(name, text, field, value):
-    changed = from_env({"LATE_QAT": "0", name: text}).changed()
+    changed = tg.changed(from_env({"LATE_QAT": "0", name: text}))
     assert changed.pop("late_qat_threshold") == 0.0 and changed == ({field: value} if field else {})
 
 
@@ -261,7 +261,7 @@ def test_true_and_false_are_one_and_zero(name, preset):
                  for each, word in zip(alike, words)]  # fmt: skip
         assert all(each == alike[0] for each in alike)
         if isinstance(alike[0], tg.Hyperparameters):
-            assert set(alike[0].changed()) <= {setting}
+            assert set(tg.changed(alike[0])) <= {setting}
             seen.add(getattr(alike[0], setting))
         else:
             assert name == "GPTQ_LITE" and "LATE_QAT_THRESHOLD=0" in alike[0]
@@ -488,7 +488,7 @@ def test_steps_by_rate_need_the_widest_codes():
     {"STEP_RULE": "water", "ATTN_BITS": "8", "MLP_BITS": "8", "LATE_QAT_THRESHOLD": "0"},
     {"RUN_ID": "my-run_1.2"}])  # fmt: skip
 def test_combinations_at_the_edge(env):
-    assert set(from_env(env).changed()) == {name.lower() for name in env}
+    assert set(tg.changed(from_env(env))) == {name.lower() for name in env}
 
 
 def test_an_unknown_preset_names_the_known_ones():
@@ -506,8 +506,8 @@ def test_changed_lists_what_differs_from_the_preset():
     env = {"PRESET": "smoke", "SEED": "3", "VE_LAYERS": "1", "LATE_QAT": "0", "XSA_LAYERS": "2",
            "ITERATIONS": str(usual.iterations)}  # fmt: skip
     changed = {"seed": 3, "ve_layers": (1,), "late_qat_threshold": 0.0, "xsa_last_n": 2}
-    assert from_env(env).changed() == changed
-    assert usual.changed() == {}
+    assert tg.changed(from_env(env)) == changed
+    assert tg.changed(usual) == {}
 
 
 def test_every_setting_is_a_row_of_the_table():
@@ -521,7 +521,7 @@ def test_every_setting_is_a_row_of_the_table():
     for column, preset in enumerate(rows[0][1:-1], 1):
         cells = {name: row[column] for name, row in table.items()}
         hp = from_env({name: cell for name, cell in cells.items() if cell != '""'})
-        assert hp.preset == preset and hp.changed() == {}
+        assert hp.preset == preset and tg.changed(hp) == {}
         assert all(getattr(hp, name.lower()) == "" for name, cell in cells.items() if cell == '""')
     for name, f in FIELDS.items():
         assert table[name.upper()][-1].startswith(f.metadata["meaning"])
