@@ -87,8 +87,8 @@ def verdict(name: str, faults: list[str], evidence: str) -> Check:
 class Pass:
     """One run of the scorer: receives losses as `nll` does, and remembers what was trained on, and when."""
 
-    def __init__(self, model: tg.GPT, positions: int):
-        self.model = model
+    def __init__(self, model: tg.GPT, positions: int, in_order: bool = True):
+        self.model, self.in_order = model, in_order
         self.losses = torch.full((positions,), math.nan)  # nats
         self.counts = torch.zeros(positions, dtype=torch.int32)
         self.reached = 0  # every position before this one is scored, in order
@@ -102,7 +102,7 @@ class Pass:
         if torch.equal(where, torch.arange(self.reached, self.reached + len(where))):
             self.reached += len(where)
         else:
-            self.disorder += 1
+            self.disorder += self.in_order
         self.counts.index_add_(0, where, torch.ones_like(where, dtype=torch.int32))
         self.losses[where] = losses.flatten()
 
@@ -161,6 +161,28 @@ class WatchedTrainer(tg.ChunkTrainer):
             super().train(tokens, first, end, chunk, path.chunks)
 
 
+@contextlib.contextmanager
+def watched(done: Pass) -> Iterator[None]:
+    """A pass may end early, and a scorer that finds its own positions wrong is a finding."""
+    try:
+        yield
+    except Enough:
+        pass
+    except RuntimeError as error:
+        if not done.faults():
+            raise
+        done.refusal = str(error)
+
+
+def watched_documents(done: Pass, noisy_from: float) -> type:
+    """The script's adapters, for evaluate_documents; they note each training, and may train on noise."""
+    class Watched(tg.DocumentAdapters):
+        def learn(self, losses: Tensor, weights: Tensor) -> None:
+            done.trained.append((self.steps, 0, 0))
+            super().learn(-losses if self.steps >= noisy_from else losses, weights)
+    return Watched
+
+
 class ScoringPath:
     """The run's own way from artifact and tokens to losses."""
 
@@ -171,6 +193,10 @@ class ScoringPath:
         self.whole = whole
         self.chunks = -(-whole // hp.ttt_chunk_tokens)  # a slice keeps the learning rates of the whole
         self.log, self.tolerance = Narrator(), 0.0
+        self.never: Tensor | None = None
+        if hp.canonical_mask:
+            processor = tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
+            self.never = torch.from_numpy(tg.canonical_mask(processor)).to(world.device)
         compiling = tg.wants_compile(hp, world)
         self.score_fn = tg.compiled(tg.token_losses) if compiling else tg.token_losses
         self.attend = tg.choose_attention(hp, world)[1]
@@ -181,9 +207,26 @@ class ScoringPath:
         """The score that this path leads to, as result.json names it."""
         return "ttt" if self.hp.ttt_enabled else "roundtrip" if self.hp.skip_sliding else "sliding"
 
+    @property
+    def by_documents(self) -> bool:
+        """Whether the last score is that of documents, each by itself."""
+        return self.hp.ttt_enabled and self.hp.ttt_mode == "documents"
+
     def load(self) -> tg.GPT:
-        """The model, from the artifact alone."""
-        return tg.load_artifact(self.blob, self.hp, self.world)[0].use(self.attend)
+        """The model, from the artifact alone, with the mask where the run has one and it is not set aside."""
+        model = tg.load_artifact(self.blob, self.hp, self.world)[0].use(self.attend)
+        model.never = self.never
+        return model
+
+    def documents(self, tokens: Tensor, byte_counts: Tensor, noisy_from: float = math.inf,
+                  most: int = 0) -> Pass:
+        """Score by documents; from a step on training climbs, and `most` tokens are in a batch."""
+        done = Pass(self.load(), len(tokens) - 1, in_order=False)
+        with watched(done):
+            adapters = watched_documents(done, noisy_from)
+            done.score, _ = tg.evaluate_documents(done.model, tokens, byte_counts, self.world, self.log,
+                                                  nll=done, most=most, adapters=adapters)
+        return done
 
     def score(self, tokens: Tensor, byte_counts: Tensor, noise_from: float | None = None,
               stop_after: int | None = None) -> Pass:
@@ -192,21 +235,17 @@ class ScoringPath:
         noise_from  training sees random tokens beyond what is scored, and from this chunk on everywhere
         stop_after  scores after this chunk and the next are not needed
         """
+        if self.by_documents:
+            return self.documents(tokens, byte_counts)
         done = Pass(self.load(), len(tokens) - 1)
         noise = torch.randint_like(tokens, self.hp.vocab_size)
-        try:
+        with watched(done):
             if self.hp.ttt_enabled:
                 trainer = WatchedTrainer(self, done, noise, noise_from, stop_after)
                 done.score, _ = tg.evaluate_ttt(done.model, tokens, byte_counts, self.world, self.log,
                                                 score_fn=self.score_fn, nll=done, trainer=trainer)
             else:
                 done.score = self._windows(done, tokens, byte_counts)
-        except Enough:
-            pass
-        except RuntimeError as error:
-            if not done.faults():
-                raise
-            done.refusal = str(error)
         return done
 
     def _windows(self, done: Pass, tokens: Tensor, byte_counts: Tensor) -> tg.Score:
@@ -320,6 +359,100 @@ def cut_single_windows(case: Case) -> tuple[list[str], int]:
     return faults[: wrong > 0], len(cuts)
 
 
+@contextlib.contextmanager
+def unmasked(path: ScoringPath) -> Iterator[None]:
+    """The path without its mask, inside the body: texts that are made up hold pairs that it forbids."""
+    never, path.never = path.never, None
+    try:
+        yield
+    finally:
+        path.never = never
+
+
+def document_bounds(tokens: Tensor) -> list[tuple[int, int]]:
+    """Start and end of every document among the positions of tokens (positions + 1,)."""
+    starts = [0, *((tokens[1:-1] == tg.BOS).nonzero().flatten() + 1).tolist(), len(tokens) - 1]
+    return [(start, end) for start, end in zip(starts, starts[1:]) if end > start]
+
+
+def check_documents_causal(case: Case) -> Check:
+    """Other tokens from t on in a document leave its earlier losses and every other document as they were."""
+    path, faults, told = case.path, [], []
+    with unmasked(path):
+        base = path.documents(case.tokens, case.byte_counts).losses if path.hp.canonical_mask else \
+            case.base.losses
+        longest = sorted(document_bounds(case.tokens), key=lambda each: each[0] - each[1])
+        for i, (start, end) in enumerate(longest[: case.passes], 1):
+            t = case.rng.randrange(start + 1, end) if end - start > 1 else end
+            path.log.begin(f"causality {i} of {case.passes}: a document's tokens from {t} on changed")
+            other = case.tokens.clone()
+            other[t:end] = (case.tokens[t:end] - 2 + case.rng.randrange(1, path.hp.vocab_size - 2)) % (
+                path.hp.vocab_size - 2) + 2  # no BOS: the documents stay
+            losses = path.documents(other, case.byte_counts).losses
+            inside = torch.zeros(case.positions, dtype=torch.bool)
+            inside[t - 1: end] = True
+            if wrong := path.differing(base[~inside], losses[~inside]):
+                faults.append(f"tokens {t} to {end} change {wrong} losses before them or in other documents")
+            if end > t and not path.differing(base[inside], losses[inside]):
+                faults.append(f"tokens {t} to {end} change nothing at all: the path does not read them")
+            told.append(str(t))
+    return verdict("causal", faults, f"with training on, a document's tokens changed from {', '.join(told)} "
+                   f"on: all losses before them and of other documents are {path.same}")
+
+
+def check_documents_learning(case: Case) -> Check:
+    """Training changes later chunks only, and neither order nor batch of the documents the score."""
+    path, base, hp, faults = case.path, case.base, case.path.hp, []
+    bounds, name = document_bounds(case.tokens), "score before update"
+    if not base.trained:
+        return Check(name, NOT_CHECKED, "no document is longer than a chunk, so nothing was trained")
+    chunk_of = {start: chunk for chunk, part in tg.document_batches(hp, case.tokens, 1) for start, *_ in part}
+    chunks = torch.cat([torch.arange(end - start) // chunk_of[start] for start, end in bounds])
+    step = case.rng.randrange(max(int(chunks.max()), 1))
+    path.log.begin(f"score before update: from step {step} on, training climbs")
+    losses = path.documents(case.tokens, case.byte_counts, noisy_from=step).losses
+    if wrong := path.differing(base.losses[chunks <= step], losses[chunks <= step]):
+        faults.append(f"training from step {step} on changes {wrong} losses of chunks up to it")
+    if not path.differing(base.losses[chunks > step], losses[chunks > step]):
+        faults.append(f"training from step {step} on changes nothing: it has no effect, or is not watched")
+    path.log.begin("documents in another order and in other batches")
+    inner = bounds[1:-1]
+    case.rng.shuffle(inner)
+    order = [*bounds[:1], *inner, *bounds[1:][-1:]]
+    index = torch.cat([torch.arange(start, end) for start, end in order])
+    tokens = torch.cat((case.tokens[index], case.tokens[-1:]))
+    again = path.documents(tokens, case.byte_counts[index], most=4 * hp.ttt_context)
+    off = abs(again.score.val_bpb - base.score.val_bpb) if again.score and base.score else math.nan
+    if not off <= 1e-4:
+        faults.append(f"another order of the documents, in other batches, changes the score by {off:.1e}")
+    return verdict(name, faults, f"training from step {step} on, turned round, leaves all losses of chunks "
+                   f"up to it {path.same} and changes later ones; {len(bounds)} documents in another order "
+                   f"and in other batches score the same within {off:.1e} bpb (limit 1e-04)")
+
+
+def check_canonical(case: Case) -> Check:
+    """Masked probabilities sum to 1; which are 0 depends on the previous token and the tokenizer alone."""
+    path, V, faults, sums = case.path, case.path.hp.vocab_size, [], []
+    processor = tg.load_tokenizer(path.hp.tokenizer_path, V)
+    model, never = path.load(), torch.from_numpy(tg.canonical_mask(processor))
+    for _ in range(case.passes):
+        start = case.rng.randrange(max(case.positions - 8, 1))
+        text = case.tokens[start: start + 8].long().repeat(V, 1)
+        targets = torch.arange(V, device=text.device).unsqueeze(1)
+        wanted = torch.cat((text[:, 1:], targets), 1)
+        with torch.no_grad(), path.world.autocast():
+            parts = zip(text.split(256), wanted.split(256))
+            losses = [tg.token_losses(model, *part, 1)[:, 0] for part in parts]
+        p = (-torch.cat(losses).double()).exp().cpu()
+        sums.append(float(p.sum()))
+        if not torch.equal(p == 0, never[int(text[0, -1])]):
+            faults.append("tokens without a probability are not those that the previous token forbids")
+    faults += [f"the probabilities sum to {total:.6f}" for total in sums if abs(total - 1) > SUM_TOLERANCE]
+    return verdict("canonical mask", faults, f"in {len(sums)} places the probabilities sum to 1 within "
+                   f"{max(abs(total - 1) for total in sums):.1e}, and those that are 0 are the ones that the "
+                   f"tokenizer's merges forbid after the previous token")
+
+
 def check_causal(case: Case) -> Check:
     """Changing tokens from t on leaves every loss before t as it was: position p scores token p + 1."""
     if case.positions < 2:
@@ -355,7 +488,10 @@ def check_normalised(case: Case) -> Check:
     batch = min(max(path.batch_tokens // length, 1), V)
     copies, sums = -(-V // batch) * batch, []  # full batches only: another shape may round another way
     path.log.begin(f"normalisation: {case.passes} texts of {length} tokens, {V} targets in one place of each")
-    for model in (path.load(), case.base.model):
+    with unmasked(path):
+        models = path.load(), case.base.model
+    for model in models:
+        model.never = None
         for _ in range(case.passes):
             start = case.rng.randint(0, case.positions - length)
             place = case.rng.randint(1, max(1, length - 1))  # text goes on behind it, for a model that peeks
@@ -652,7 +788,10 @@ def audit(artifact: Path, places: Mapping[str, str], positions: int | None = Non
     processor = tg.load_tokenizer(hp.tokenizer_path, hp.vocab_size)
     sidecar = read_validation(hp.data_path, "val_bytes")
     repeat_pass(case)
-    return [check_causal(case), check_normalised(case), check_score_before_update(case),
+    causal, learning = (check_documents_causal, check_documents_learning) if path.by_documents else \
+        (check_causal, check_score_before_update)
+    masked = [check_canonical(case)] if hp.canonical_mask else []
+    return [causal(case), check_normalised(case), *masked, learning(case),
             check_positions(case, read_validation(hp.data_path), run.validation.tokens),
             check_sidecar(case, sidecar, processor) if len(sidecar) else check_bytes(case, processor),
             check_score(case, result, whole), check_size(run.blob), check_identity(run.blob, result),

@@ -454,6 +454,14 @@ def proof_lines(run: Run) -> str:
             f"<b>Test-time training</b>: {ttt['chunks']} chunks, {ttt['steps']} steps on "
             f"{ttt['parameters']:,} parameters, which moved by {100 * ttt['weight_change']:.2f} %; "
             + ("trained to the end." if stop is None else f"no training from chunk {stop} on."))
+    if found := proofs.get("documents"):
+        gains = ", ".join(
+            f"{escape(length)}: {row['ttt'] - row['roundtrip']:+.4f} in {row['documents']}"
+            for length, row in run.result.get("by_length", {}).items())
+        lines.append(
+            f"<b>Documents</b>: {found['steps']} steps over {found['documents']} documents, "
+            f"{found['untrained_documents']} of them without training; bits per byte against roundtrip by "
+            f"length in tokens: {gains}.")
     return f"<ul class='proofs'>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
 
 

@@ -247,6 +247,9 @@ def proof_rows(run: Run) -> dict[str, str]:
     if ttt := proofs.get("ttt"):
         moved = f"{ttt['chunks']}, {ttt['steps']}, {100 * ttt['weight_change']:.2f} %"
         rows["test-time training: chunks, steps, change of the weights"] = moved
+    if found := proofs.get("documents"):
+        told = f"{found['documents']}, {found['steps']}, {found['untrained_documents']}"
+        rows["test-time training: documents, steps, documents without"] = told
     return rows
 
 
