@@ -143,6 +143,19 @@ TWINS = [(title, TWIN[twin], TWIN[label])  # what a row is compared with, and wh
                                      ("1855-long", "smoke-clock", "smoke-long"))
          for title, label in (("`pr1855_smoke`", twin), ("`smoke`, as many tokens", tokens),
                               ("`smoke`, as much time", clock))]
+# Documents by themselves: one setting for both presets, the full lengths of the twins' study.
+LEARNING = ("TTT_ENABLED=1 TTT_MODE=documents TTT_LORA_RANK=16 TTT_LR=5e-4 TTT_CHUNKS=1024:16,inf:32 "
+            "TTT_CONTEXT=256 TTT_FRESH=16 TTT_TEMPERATURE=1")
+DOCUMENTS = {
+    (preset, title): variant(f"documents-{label}-{kind}", f"{SCORED} STAGES=evaluate {env}", TWIN[label])
+    for label, preset in (("1855-long", "`pr1855_smoke`"), ("smoke-clock", "`smoke`"))
+    for kind, title, env in (
+        ("plain", "by documents, no adapters", f"{LEARNING} TTT_LR=0 SKIP_SLIDING=0"),
+        ("mask", "the mask", f"{LEARNING} TTT_LR=0 CANONICAL_MASK=1"),
+        ("learn", "adapters", LEARNING),
+        ("both", "adapters and the mask", f"{LEARNING} CANONICAL_MASK=1"),
+        ("chunks", "chunk-wise TTT of the split", "TTT_ENABLED=1"))
+    if (label, kind) != ("1855-long", "chunks")}
 PLAIN = variant("ttt-none", f"{SCORED} SKIP_SLIDING=0", SOFT)
 TTT = {label: variant(f"ttt-{label}", f"{SCORED} STAGES=evaluate TTT_ENABLED=1 {env}", PLAIN)
        for label, (_, env) in RECIPES.items()}
@@ -360,6 +373,24 @@ def twins_table(bench: Bench) -> list[str]:
                      "steps", "seconds of training"), *rows)
 
 
+def documents_table(bench: Bench) -> list[str]:
+    """Plain windows, sliding ones, documents with adapters and with the mask, of the same artifacts."""
+    rows = []
+    for (preset, title), what in DOCUMENTS.items():
+        plain = DOCUMENTS[preset, "by documents, no adapters"]
+        base = bench.values(plain, "bpb.ttt")
+        kinds = [(title, "bpb.ttt", "budget.evaluation.counted.ttt")]
+        if what is plain:
+            kinds = [(name, f"bpb.{name}", f"budget.evaluation.counted.{name}")
+                     for name in ("roundtrip", "sliding")] + kinds
+        for name, score, seconds in kinds:
+            gain = paired(bpb := bench.values(what, score), base)
+            rows.append((preset, name, spread(bpb), spread(gain, "+.4f"), on_seeds(gain, -1),
+                         spread(bench.values(what, seconds), ".0f")))
+    return markdown(("preset", "scored", "bpb", "against no adapters", "seeds where it is lower", "seconds"),
+                    *rows)
+
+
 def ttt_table(bench: Bench) -> list[str]:
     """The same artifacts scored without and with test-time training."""
     base = bench.values(PLAIN, "bpb.sliding")
@@ -379,6 +410,7 @@ STUDIES = {  # name: variants, and the table over their finished runs
     "qat-at-rate": (list(QAT_AT_RATE.values()), qat_at_rate_table),
     "ttt": (list(TTT.values()), ttt_table),
     "twins": ([*TWIN.values()], twins_table),
+    "documents": ([*DOCUMENTS.values()], documents_table),
 }
 
 
