@@ -1089,9 +1089,8 @@ def canonical_mask(processor: sentencepiece.SentencePieceProcessor) -> np.ndarra
             if piece[:split] in ends and piece[split:] in begins:
                 a, b = ends[piece[:split]], begins[piece[split:]]
                 a, b = a[:, a[1] < c], b[:, b[1] <= c]
-                meet = (a[2][:, None] <= b[3]) & (b[2] <= a[3][:, None])
-                which = np.nonzero(meet)
-                never[a[0].astype(int)[which[0]], b[0].astype(int)[which[1]]] = True
+                of_a, of_b = np.nonzero((a[2][:, None] <= b[3]) & (b[2] <= a[3][:, None]))
+                never[a[0, of_a].astype(int), b[0, of_b].astype(int)] = True
     return never
 
 
@@ -3079,6 +3078,8 @@ def train(run: Run, model: GPT, stream: TokenStream, validation: Validation) -> 
     log(f"train compile:{int(stepper.compiling)} dtype:{str(world.dtype)[6:]} "
         f"sequences_per_step:{stepper.sequences} micro_batch:{stepper.micro}x{hp.row_tokens} "
         f"micro_steps:{-(-len(stepper.mine) // stepper.micro)}")
+    order, looping = (",".join(str(visit.layer) for visit in visits) for visits in model.plans)
+    log(f"plan layers:{order} looping:{looping}")
     with run.training.phase("warm-up", counted=False):
         stepper.warm_up()
     if stepper.compiling:

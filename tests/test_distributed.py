@@ -297,6 +297,7 @@ def test_loops_lanes_and_documents_on_several_ranks(pool, size):
     assert sum(row["documents"] for row in lengths.values()) == proof["documents"]
     for length, row in many["by_length"].items():
         assert row == pytest.approx(lengths[length], rel=1e-3), length
+    assert "\nplan layers:0,1,2 looping:0,1,1,2\n" in (pool[0] / f"logs/looped{size}/log.txt").read_text()
     assert "\nlooping:on step:" in (pool[0] / f"logs/looped{size}/log.txt").read_text()
 
 

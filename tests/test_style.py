@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-LINES, BRANCHES, SETTINGS = 3723, 73, 109  # documents raised them; in all; of branches: for 1,000 lines
+LINES, BRANCHES, SETTINGS = 3724, 73, 109  # documents raised them; in all; of branches: for 1,000 lines
 FUNCTION, TRAIN, CLASS = 80, 120, 150  # lines of a function, of the visible loop, of a class
 COLUMNS, BYTES = 110, 54.8  # of a line, the longest and the mean of all, blank ones included
 NEEDED, PARAMETERS = 7, 10  # parameters of a function without a default, and in all; self is not counted
